@@ -1,0 +1,28 @@
+"""Multi-exit timm networks that teach themselves and stop early."""
+
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from ._version import __version__ as __version__
+from .configuration import MultiExitConfig
+from .methods import Method, get_method, list_methods
+from .modeling import MultiExitForImageClassification
+from .outputs import EarlyExitOutput, MultiExitOutput
+from .trainer import SelfDistillationTrainer
+
+__all__ = [
+    "EarlyExitOutput",
+    "Method",
+    "MultiExitConfig",
+    "MultiExitForImageClassification",
+    "MultiExitOutput",
+    "SelfDistillationTrainer",
+    "get_method",
+    "list_methods",
+]
+
+AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig)
+AutoModelForImageClassification.register(MultiExitConfig, MultiExitForImageClassification)
+
+# Checkpoints carry the modules that build them, for those who load with trust_remote_code and without this library.
+MultiExitConfig.register_for_auto_class()
+MultiExitForImageClassification.register_for_auto_class("AutoModelForImageClassification")

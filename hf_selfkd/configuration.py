@@ -1,0 +1,100 @@
+"""All that is needed to rebuild a multi-exit model."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# What would make timm read files or fetch weights, or that this library decides itself.
+_REFUSED_BACKBONE_KWARGS = {
+    "cache_dir",
+    "checkpoint_path",
+    "features_only",
+    "num_classes",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "scriptable",
+}
+
+
+def _is_whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class MultiExitConfig(PreTrainedConfig):
+    """Configuration of a multi-exit network around a timm backbone.
+
+    Args:
+        backbone: A timm architecture name, a timm tag may follow (``resnet18.a1_in1k``).
+        backbone_kwargs: Passed to ``timm.create_model``. What fetches or reads weights is refused; use
+            :meth:`MultiExitForImageClassification.from_backbone` for that.
+        exits: Indices into the backbone's ``feature_info`` where auxiliary exits sit, strictly increasing. The deepest
+            exit is the backbone's own head and never listed. ``None``: of an isotropic network the stages after a
+            quarter, half and three quarters of its depth, of a hierarchical one the last stage of each of the three
+            resolutions before the final one. ``[]``: no auxiliary exit.
+        exit_width: Width of exit features; ``None``: that of the backbone's own pre-logits.
+        small_input_stem: Build the stem with a 3x3 stride-1 convolution and no pooling, for 32-pixel images.
+        exit_policy: A calibrated :class:`ExitPolicy` as a dictionary.
+        early_exit: Whether ``forward`` in eval mode, without labels, uses the policy.
+        ensemble: Whether ``logits`` in eval mode is the mean over all exits instead of the deepest exit's.
+        pretrained_cfg: timm's data configuration (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
+            ``crop_mode``), read by the image processor; ``None``: the backbone's.
+        image_processor_type: Class that ``AutoImageProcessor`` builds from this configuration.
+        semantic_loss_ignore_index: Label of void pixels in semantic segmentation.
+
+    Raises:
+        ValueError: If a field has the wrong type or a value out of range, or names something that timm would fetch.
+    """
+
+    model_type = "multi_exit"
+    keys_to_ignore_at_inference = ["exit_features", "exit_maps", "scaffold"]
+
+    backbone: str = "resnet18"
+    backbone_kwargs: dict[str, Any] | None = None
+    exits: list[int] | None = None
+    exit_width: int | None = None
+    small_input_stem: bool = False
+    exit_policy: dict[str, Any] | None = None
+    early_exit: bool = False
+    ensemble: bool = False
+    pretrained_cfg: dict[str, Any] | None = None
+    image_processor_type: str = "TimmWrapperImageProcessor"
+    semantic_loss_ignore_index: int = 255
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not isinstance(self.backbone, str) or not self.backbone:
+            raise ValueError(f"backbone must be the name of a timm architecture, but got {self.backbone!r}.")
+        if ":" in self.backbone or "/" in self.backbone:
+            raise ValueError(
+                f"A configuration may only name a timm architecture, but got backbone={self.backbone!r}. "
+                "To fetch weights, use MultiExitForImageClassification.from_backbone."
+            )
+        if not isinstance(self.backbone_kwargs or {}, dict):
+            raise ValueError(f"backbone_kwargs must be a dictionary, but got {self.backbone_kwargs!r}.")
+        self.backbone_kwargs = dict(self.backbone_kwargs or {})
+        if refused := sorted(_REFUSED_BACKBONE_KWARGS & self.backbone_kwargs.keys()):
+            raise ValueError(
+                f"backbone_kwargs must not contain {', '.join(refused)}: a configuration holds no weights and "
+                "num_labels sets the classes. To start from weights use MultiExitForImageClassification.from_backbone."
+            )
+        if self.exits is not None:
+            self._check_exits()
+        if self.exit_width is not None and (not _is_whole_number(self.exit_width) or self.exit_width < 1):
+            raise ValueError(f"exit_width must be a positive whole number or None, but got {self.exit_width!r}.")
+        for name in ("small_input_stem", "early_exit", "ensemble"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, but got {getattr(self, name)!r}.")
+        for name in ("exit_policy", "pretrained_cfg"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise ValueError(f"{name} must be a dictionary or None, but got {getattr(self, name)!r}.")
+
+    def _check_exits(self) -> None:
+        if not isinstance(self.exits, (list, tuple)) or not all(_is_whole_number(stage) for stage in self.exits):
+            raise ValueError(f"exits must be a list of stage indices such as [1, 2, 3], but got {self.exits!r}.")
+        self.exits = list(self.exits)
+        if any(deep <= shallow for shallow, deep in zip(self.exits, self.exits[1:], strict=False)):
+            raise ValueError(
+                f"exits must name each stage once, shallow to deep, but got {self.exits}. "
+                f"Did you mean {sorted(set(self.exits))}?"
+            )

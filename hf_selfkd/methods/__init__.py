@@ -1,0 +1,11 @@
+"""Self-distillation methods: one paper, one file, found by being there."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .base import Method, get_method, list_methods
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Method", "get_method", "list_methods"]

@@ -1,0 +1,129 @@
+"""What a method is: hyper-parameters, the terms of a loss, and what only trains."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..outputs import MultiExitOutput
+
+_METHODS: dict[str, type["Method"]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way for a network to teach itself. Subclass it in a file of :mod:`hf_selfkd.methods`, or in your own code.
+
+    A subclass is a frozen, keyword-only dataclass: its fields are its hyper-parameters, their defaults the paper's. It
+    is registered under ``name`` as soon as it is defined.
+
+    Attributes:
+        name: What ``get_method`` and the command line call it.
+        paper: Where it is defined, a URL.
+        detach_exits: Whether auxiliary exits read detached maps, because the paper knows no exits: the backbone then
+            learns as without them. The trainer adds their label loss as the term ``exits``.
+        min_exits: Exits the method needs, the deepest included.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    detach_exits: ClassVar[bool] = False
+    min_exits: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        registered = _METHODS.setdefault(cls.name, cls)
+        if (registered.__module__, registered.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"Method name '{cls.name}' is taken by {registered.__module__}.{registered.__qualname__}."
+            )
+        _METHODS[cls.name] = cls  # the same class again: its module was reloaded, or its script run anew
+
+    def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
+        """Return the terms of the loss, scalars that already carry their weights.
+
+        Args:
+            output: The model's answer, in training mode.
+            labels: Class indices ``(batch,)``, or probabilities ``(batch, classes)``.
+            epoch: Progress of the run in epochs, a float as in ``TrainerState``.
+        """
+        raise TypeError(f"{type(self).__name__} must define __call__(output, labels, epoch).")
+
+    def scaffold(self, model: nn.Module) -> nn.Module | None:
+        """Return what only trains, such as a self-teacher, or ``None``.
+
+        The module is called as ``scaffold(pixel_values, output)`` at the end of ``model.forward`` in training and
+        returns a dictionary, which becomes ``output.scaffold``.
+        """
+        return None
+
+    def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Set up the scaffold from the training data, once before the first step of a fresh run.
+
+        Called in eval mode and without gradient; ``batches`` are this process's training batches. The result must be
+        equal on all processes.
+        """
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError if ``model`` cannot be trained with this method."""
+        if model.num_exits < self.min_exits:
+            raise ValueError(
+                f"{type(self).__name__} needs at least {self.min_exits} exits, but the model has {model.num_exits}. "
+                "Give exits such as [1, 2, 3] when you build it."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name and hyper-parameters: ``get_method(**method.to_dict()) == method``."""
+        return {"name": self.name} | {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def list_methods() -> list[str]:
+    """List the names of all methods, sorted."""
+    return sorted(_METHODS)
+
+
+def get_method(name: str, **hyper_parameters) -> Method:
+    """Create a method by its name.
+
+    Args:
+        name: One of :func:`list_methods`.
+        hyper_parameters: Fields of the method; what is left out keeps the paper's value.
+
+    Raises:
+        ValueError: If there is no such method or hyper-parameter, or a value is out of range.
+
+    Example:
+        >>> get_method("byot", alpha=0.5)
+        BYOT(alpha=0.5, temperature=3.0, hint_weight=0.03)
+    """
+    if name not in _METHODS:
+        raise ValueError(f"Unknown method '{name}'.{_near(name, _METHODS)} Available: {', '.join(list_methods())}.")
+    method = _METHODS[name]
+    known = [field.name for field in fields(method)]
+    for key in hyper_parameters:
+        if key not in known:
+            raise ValueError(
+                f"{method.__name__} has no hyper-parameter '{key}'.{_near(key, known)} "
+                f"Available: {', '.join(known) or 'none'}."
+            )
+    return method(**hyper_parameters)
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, words, n=1)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def check_range(method: Method, name: str, low: float, high: float | None = None, *, strict: bool = False) -> None:
+    """Raise ValueError unless ``low <= value <= high``, with ``strict`` unless ``low < value <= high``."""
+    value = getattr(method, name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and (low < value if strict else low <= value) and (high is None or value <= high):
+        return
+    if high is None:
+        wanted = f"{name} {'>' if strict else '>='} {low:g}"
+    else:
+        wanted = f"{low:g} {'<' if strict else '<='} {name} <= {high:g}"
+    raise ValueError(f"{type(method).__name__} needs {wanted}, but got {name}={value!r}.")

@@ -1,0 +1,27 @@
+"""Deep supervision: every exit learns from the labels, and from nothing else."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..functional import add, cross_entropy
+from ..outputs import MultiExitOutput
+from .base import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSupervision(Method):
+    """Deeply-Supervised Nets (Lee et al., AISTATS 2015): https://arxiv.org/abs/1409.5185.
+
+    All exits weigh the same and nothing decays, as in BYOT's and EED's ablations; the paper fades its companion
+    losses out.
+    """
+
+    name: ClassVar[str] = "deep_supervision"
+    paper: ClassVar[str] = "https://arxiv.org/abs/1409.5185"
+    min_exits: ClassVar[int] = 2
+
+    def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
+        """Return ``label``, the cross-entropies of all exits added up."""
+        return {"label": add(cross_entropy(logits, labels) for logits in output.exit_logits)}

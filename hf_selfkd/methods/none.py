@@ -1,0 +1,23 @@
+"""No distillation: the label loss of the deepest exit alone, the baseline."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..functional import cross_entropy
+from ..outputs import MultiExitOutput
+from .base import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoDistillation(Method):
+    """The plain network. Its exits, if any, learn from detached maps and leave the backbone alone."""
+
+    name: ClassVar[str] = "none"
+    paper: ClassVar[str] = "https://arxiv.org/abs/1512.03385"
+    detach_exits: ClassVar[bool] = True
+
+    def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
+        """Return ``label``, the cross-entropy of the deepest exit."""
+        return {"label": cross_entropy(output.exit_logits[-1], labels)}

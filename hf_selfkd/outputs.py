@@ -1,0 +1,50 @@
+"""What a multi-exit model answers: the contract between models and methods."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class MultiExitOutput(ModelOutput):
+    """The answer of every exit. All tuples run over exits or stages, shallow to deep.
+
+    Args:
+        loss: Cross-entropy of the deepest exit, a scalar; only when labels were given.
+        logits: ``(batch, classes)`` of the deepest exit (in eval mode the mean over exits, if ``config.ensemble``);
+            for segmentation ``(batch, classes, height, width)``.
+        exit_logits: One tensor like ``logits`` per exit, the deepest included.
+        exit_features: Pooled vectors that enter each exit's classifier, each ``(batch, exit_width)``.
+        exit_maps: Maps of all stages, each ``(batch, channels, height, width)``; in training, or with
+            ``output_hidden_states=True``.
+        scaffold: What ``model.scaffold`` returned, in training only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_logits: tuple[Tensor, ...] | None = None
+    exit_features: tuple[Tensor, ...] | None = None
+    exit_maps: tuple[Tensor, ...] | None = None
+    scaffold: dict | None = None
+
+    @property
+    def ensemble_logits(self) -> Tensor:
+        """Mean of all exits' logits, ``(batch, classes)``: the ensemble of BYOT (section 4) and EED (equation 1)."""
+        return torch.stack(self.exit_logits).mean(dim=0)
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):
+    """The answer of the exit at which each image left.
+
+    Args:
+        logits: ``(batch, classes)``, rows in the order of the input.
+        exit_index: ``(batch,)``, the exit each image left at, from 0, shallow to deep.
+        confidence: ``(batch,)`` in [0, 1], the largest softmax probability at that exit, after its temperature.
+    """
+
+    logits: Tensor | None = None
+    exit_index: Tensor | None = None
+    confidence: Tensor | None = None

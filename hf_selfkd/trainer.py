@@ -1,0 +1,420 @@
+"""A transformers Trainer that adds up the terms of a self-distillation method."""
+
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3, distribute_bn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
+
+from .functional import add, cross_entropy, smooth_labels
+from .methods import Method, get_method
+from .outputs import MultiExitOutput
+
+SCAFFOLD_NAME = "scaffold.safetensors"
+EMA_NAME = "ema.safetensors"
+
+
+class SelfDistillationTrainer(Trainer):
+    """Train a multi-exit model with a self-distillation method.
+
+    Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
+    ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and ``eval_accuracy`` of the deepest
+    exit, ``eval_loss_exit_<i>`` and ``eval_accuracy_exit_<i>`` of every exit from 0, shallow to deep, and
+    ``eval_accuracy_ensemble``, of the mean of all logits.
+
+    Every training sample is drawn under random states that depend on seed, epoch and index only, so that neither a
+    resumed run nor the number of workers changes the augmentation.
+
+    Args:
+        model: A multi-exit model; ``None`` if ``model_init`` builds it.
+        args: The stock ``TrainingArguments``.
+        method: A method or the name of one.
+        lr_milestones: Epochs after which the learning rate is multiplied by ``lr_gamma``; not empty, it replaces
+            ``lr_scheduler_type`` (warm-up stays).
+        lr_gamma: Factor of the learning rate at each milestone.
+        decay_norms: Whether weight decay also acts on norms, biases and what timm lists in ``no_weight_decay()``, as
+            it does in the papers' recipes with SGD.
+        ema_decay: Decay of a moving average of the weights, in [0, 1); ``None`` for none. The average is what is
+            evaluated and what the model holds after training.
+        compute_metrics: As in ``Trainer``, and then it sees the logits of all exits; ``None`` for the metrics above.
+        kwargs: What ``Trainer`` takes.
+
+    Raises:
+        ValueError: If the model cannot be trained with the method.
+    """
+
+    # The terms are means per micro-batch, so the Trainer must divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        method: str | Method = "byot",
+        *,
+        lr_milestones: Sequence[float] = (),
+        lr_gamma: float = 0.1,
+        decay_norms: bool = False,
+        ema_decay: float | None = None,
+        compute_metrics=None,
+        **kwargs,
+    ):
+        self.method = get_method(method) if isinstance(method, str) else method
+        self.lr_milestones = tuple(lr_milestones)
+        self.lr_gamma = lr_gamma
+        self.decay_norms = decay_norms
+        self._terms: dict[str, Tensor] = defaultdict(lambda: 0.0)
+        self._term_steps = 0.0
+        args = TrainingArguments() if args is None else args
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every parameter gets a gradient in every step
+        if model is not None:
+            self._attach_method(model, args.seed)
+        if compute_metrics is None:
+            compute_metrics = compute_exit_metrics
+            kwargs.setdefault("preprocess_logits_for_metrics", reduce_to_exit_metrics)
+        super().__init__(model=model, args=args, compute_metrics=compute_metrics, **kwargs)
+        self.average = None if ema_decay is None else WeightAverage(ema_decay)
+        self.add_callback(_Preparation(self))
+        if self.average is not None:
+            self.add_callback(self.average)
+
+    def _attach_method(self, model: nn.Module, seed: int) -> None:
+        if not hasattr(model, "num_exits"):
+            raise ValueError(
+                f"SelfDistillationTrainer needs a multi-exit model, but got {type(model).__name__}. "
+                "Build one with MultiExitForImageClassification.from_backbone."
+            )
+        self.method.check(model)
+        torch.manual_seed(seed)  # the scaffold starts equal on all processes
+        model.scaffold = self.method.scaffold(model)
+        model.detach_exits = self.method.detach_exits
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """Build the model with ``model_init``, for each trial of a search, and give it the method's scaffold."""
+        model = super().call_model_init(trial)
+        self._attach_method(model, self.args.seed)
+        return model
+
+    # The loss
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """Add up the method's terms in training; in evaluation return the deepest exit's cross-entropy."""
+        labels = inputs["labels"]
+        output = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        if not self.model.training:
+            loss = cross_entropy(output.exit_logits[-1], labels)
+            return (loss, output) if return_outputs else loss
+        if self.args.label_smoothing_factor:
+            labels = smooth_labels(labels, output.logits.shape[1], self.args.label_smoothing_factor)
+        terms = self.loss_terms(output, labels)
+        self._track(terms)
+        loss = add(terms.values())
+        return (loss, output) if return_outputs else loss
+
+    def loss_terms(self, output: MultiExitOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Return the method's terms, and ``exits`` for exits that learn from detached maps."""
+        terms = self.method(output, labels, self.state.epoch or 0.0)
+        if self.method.detach_exits and len(output.exit_logits) > 1:
+            terms["exits"] = add(cross_entropy(logits, labels) for logits in output.exit_logits[:-1])
+        return terms
+
+    def _track(self, terms: dict[str, Tensor]) -> None:
+        share = 1 / self.current_gradient_accumulation_steps
+        self._term_steps += share
+        for name, term in terms.items():
+            self._terms[name] = self._terms[name] + share * term.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the mean of every term over steps and processes beside ``loss``."""
+        if "loss" in logs and self._term_steps:
+            for name, value in self._terms.items():
+                value = self.accelerator.gather(value.to(self.args.device).float()).mean().item()
+                logs[f"loss/{name}"] = value / self._term_steps
+            self._terms.clear()
+            self._term_steps = 0.0
+        super().log(logs, start_time)
+
+    # The recipe
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Create the scheduler; ``lr_milestones`` are in epochs."""
+        if self.lr_scheduler is None and self.lr_milestones:
+            epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else self.state.num_train_epochs
+            milestones = [round(epoch * num_training_steps / epochs) for epoch in self.lr_milestones]
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+
+            def factor(step: int) -> float:
+                warmup = min(1.0, (step + 1) / (warmup_steps + 1))
+                return warmup * self.lr_gamma ** sum(step >= milestone for milestone in milestones)
+
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """List the parameters that weight decay acts on, by timm's convention unless ``decay_norms``."""
+        names = [name for name, _ in model.named_parameters()]
+        if self.decay_norms:
+            return names
+        excluded = {f"backbone.{name}" for name in getattr(model.backbone, "no_weight_decay", set)()}
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1 and not name.endswith(".bias") and name not in excluded
+        ]
+
+    # Data
+
+    def _get_dataloader(self, dataset, description, *args, **kwargs):
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+            dataset = SeededDataset(dataset, self.args.seed, self.model.config.num_labels, description.lower())
+            if kwargs.get("is_training"):
+                self._seeded_dataset = dataset
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    # Evaluation
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate the averaged weights if there are any, with batch-norm statistics that agree on all processes."""
+        self._synchronise_batch_norm()
+        with self.average.applied_to(self.model) if self.average and self.is_in_train else _nothing():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def predict(self, *args, **kwargs) -> PredictionOutput:
+        """Predict; ``predictions`` holds the logits, and a tuple with those of every exit."""
+        reduce, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self.preprocess_logits_for_metrics = reduce
+
+    def _synchronise_batch_norm(self) -> None:
+        if self.args.world_size > 1 and self.is_in_train:
+            distribute_bn(self.model, self.args.world_size, reduce=True)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._synchronise_batch_norm()
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            if self.model.scaffold is not None:
+                _save(self.model.scaffold.state_dict(), os.path.join(output_dir, SCAFFOLD_NAME))
+            if self.average is not None:
+                _save(self.average.state_dict(), os.path.join(output_dir, EMA_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        scaffold, self.model.scaffold = self.model.scaffold, None  # not in the file of the weights
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            self.model.scaffold = scaffold
+        if scaffold is not None:
+            _load_scaffold(scaffold, os.path.join(resume_from_checkpoint, SCAFFOLD_NAME))
+        if self.average is not None:
+            self.average.resume_from = os.path.join(resume_from_checkpoint, EMA_NAME)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            averaged = load_file(os.path.join(self.state.best_model_checkpoint, EMA_NAME))
+            self.model.load_state_dict(averaged, strict=False)
+            self.average.final = averaged
+
+
+class SeededDataset(Dataset):
+    """Draws every sample under random states that depend on seed, epoch and index only.
+
+    The stock Trainer fetches a batch ahead of the random states it saves, and workers have their own, so that a
+    resumed run would see other augmentations.
+
+    Args:
+        dataset: Indexed from 0, gives dictionaries.
+        seed: Of the run.
+        num_labels: Class indices in ``labels`` must be below it.
+        name: What the data is called in errors.
+
+    Raises:
+        ValueError: If a sample cannot be read or its label is no class; names the index.
+    """
+
+    def __init__(self, dataset, seed: int, num_labels: int, name: str):
+        self.dataset = dataset
+        self.seed = seed
+        self.num_labels = num_labels
+        self.name = name
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that stay alive must see it change
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with _random_states((self.seed, int(self.epoch), index)):
+            try:
+                sample = self.dataset[index]
+            except (OSError, ValueError) as error:
+                raise ValueError(f"Sample {index} of the {self.name} data cannot be read: {error}") from error
+        label = sample.get("labels")
+        if isinstance(label, (int, np.integer)) and label != -100 and not 0 <= label < self.num_labels:
+            raise ValueError(
+                f"Sample {index} of the {self.name} data has label {label}, but the model has {self.num_labels} "
+                f"classes (0 to {self.num_labels - 1}). Build the model with num_labels of the data."
+            )
+        return sample
+
+
+@contextmanager
+def _random_states(key: tuple[int, ...]) -> Iterator[None]:
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+class _Preparation(TrainerCallback):
+    """Tells the data which epoch it is, and prepares the scaffold of a fresh run."""
+
+    def __init__(self, trainer: SelfDistillationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            model = self.trainer.model
+            model.eval()
+            with torch.no_grad():
+                batches = (self.trainer._prepare_inputs(batch) for batch in kwargs["train_dataloader"])
+                self.trainer.method.prepare(model, batches)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.trainer, "_seeded_dataset"):
+            self.trainer._seeded_dataset.epoch.fill_(int(state.epoch or 0))
+
+
+class WeightAverage(TrainerCallback):
+    """Exponential moving average of what ships, by timm's ``ModelEmaV3``.
+
+    Args:
+        decay: Share of the average that stays at each step, in [0, 1).
+    """
+
+    def __init__(self, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), but got {decay!r}.")
+        self.decay = decay
+        self.resume_from: str | None = None
+        self.final: dict[str, Tensor] | None = None
+
+    @staticmethod
+    def _shipped(model: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict({name: child for name, child in model.named_children() if name != "scaffold"})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averaged weights under the model's names."""
+        return self.ema.module.state_dict()
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        """Start from the weights as they are, or from those of a checkpoint."""
+        self.final = None
+        self.ema = ModelEmaV3(self._shipped(model), decay=self.decay)
+        if self.resume_from is not None:
+            self.ema.module.load_state_dict(load_file(self.resume_from))
+            self.resume_from = None
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        """Follow the weights by one step."""
+        self.ema.update(self._shipped(model))
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        """Leave the averaged weights in the model."""
+        if self.final is None:
+            model.load_state_dict(self.state_dict(), strict=False)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Swap the averaged weights in, and the trained ones back afterwards."""
+        trained = {name: tensor.clone() for name, tensor in self._shipped(model).state_dict().items()}
+        model.load_state_dict(self.state_dict(), strict=False)
+        try:
+            yield
+        finally:
+            model.load_state_dict(trained, strict=False)
+
+
+def _save(state: dict[str, Tensor], path: str) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+
+
+def _load_scaffold(scaffold: nn.Module, path: str) -> None:
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"The checkpoint has no {os.path.basename(path)}, so this method cannot be resumed from it. Train with "
+            "the method that wrote the checkpoint, or start a new run from its weights with from_pretrained."
+        )
+    state = load_file(path)
+    if differing := state.keys() ^ scaffold.state_dict().keys():
+        raise ValueError(
+            f"{path} was written by another method or another network: it differs in {sorted(differing)[:3]} "
+            f"({len(differing)} names in all). Resume with the settings that wrote it."
+        )
+    scaffold.load_state_dict(state, strict=False)  # a frozen teacher is not in the file
+
+
+def reduce_to_exit_metrics(predictions: tuple, labels: Tensor) -> Tensor:
+    """Reduce logits to what the metrics need, so that memory does not grow with images times classes.
+
+    Args:
+        predictions: Logits ``(batch, classes)`` and a tuple of the exits' logits, as the Trainer passes them.
+        labels: Class indices ``(batch,)``, -100 where there is no label.
+
+    Returns:
+        ``(batch, exits + 1, 2)``: cross-entropy and whether the answer is right, per exit and of the ensemble.
+    """
+    exit_logits = [torch.as_tensor(logits).float() for logits in predictions[1]]
+    labels = torch.as_tensor(labels, device=exit_logits[0].device)
+    columns = []
+    for logits in [*exit_logits, torch.stack(exit_logits).mean(dim=0)]:
+        loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        columns.append(torch.stack([loss, (logits.argmax(dim=1) == labels).float()], dim=-1))
+    return torch.stack(columns, dim=1)
+
+
+def compute_exit_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Compute cross-entropy and accuracy of every exit, and the ensemble's accuracy, over labelled images."""
+    reduced = prediction.predictions
+    if isinstance(reduced, tuple):
+        reduced = reduce_to_exit_metrics(reduced, prediction.label_ids).numpy()
+    labelled = prediction.label_ids != -100
+    means = reduced[labelled].astype(np.float64).mean(axis=0) if labelled.any() else np.zeros(reduced.shape[1:])
+    *exits, ensemble = means.tolist()
+    metrics = {"loss": exits[-1][0], "accuracy": exits[-1][1]}
+    for index, (loss, accuracy) in enumerate(exits):
+        metrics |= {f"loss_exit_{index}": loss, f"accuracy_exit_{index}": accuracy}
+    return metrics | {"accuracy_ensemble": ensemble[1]}

@@ -1,0 +1,115 @@
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test may reach for the network
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, SelfDistillationTrainer
+
+_VECTORS = {
+    entry["id"]: entry for entry in json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def vector():
+    """Look up an entry of vectors.json by its id; numbers become tensors."""
+
+    def look_up(name):
+        entry = _VECTORS[name]
+        return {key: _as_tensors(value) for key, value in entry["inputs"].items()}, _as_tensors(entry["expected"])
+
+    return look_up
+
+
+def _as_tensors(value):
+    if isinstance(value, dict):
+        return {key: _as_tensors(item) for key, item in value.items()}
+    if isinstance(value, (bool, str)) or value is None:
+        return value
+    return torch.tensor(value)
+
+
+@pytest.fixture
+def exits_of_vectors(vector):
+    """Return the four exits that the vectors share, as a model's output, and the labels."""
+    inputs, _ = vector("common.ce_per_exit")
+    output = MultiExitOutput(
+        exit_logits=tuple(inputs["exit_logits_shallow_to_deep"].unbind()),
+        exit_features=tuple(inputs["exit_features_shallow_to_deep"].unbind()),
+    )
+    output.logits = output.exit_logits[-1]
+    return output, inputs["labels"]
+
+
+@pytest.fixture
+def build():
+    """Build a small multi-exit model with five classes for 32-pixel images."""
+
+    def build(backbone="test_resnet", **config):
+        torch.manual_seed(0)
+        if backbone in ("test_resnet", "test_efficientnet"):
+            config.setdefault("small_input_stem", True)
+        if backbone.startswith("test_vit"):
+            config.setdefault("backbone_kwargs", {"img_size": 32, "patch_size": 8})
+        config.setdefault("num_labels", 5)
+        return MultiExitForImageClassification.from_backbone(backbone, **config)
+
+    return build
+
+
+@pytest.fixture
+def images():
+    """Return twenty labelled images of 32 pixels, of five classes that differ."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"pixel_values": torch.randn(3, 32, 32, generator=generator) + index % 5 - 2, "labels": index % 5}
+        for index in range(20)
+    ]
+
+
+@pytest.fixture
+def batch(images):
+    """Return eight of the images as a batch."""
+    return {
+        "pixel_values": torch.stack([image["pixel_values"] for image in images[:8]]),
+        "labels": torch.tensor([image["labels"] for image in images[:8]]),
+    }
+
+
+@pytest.fixture
+def train(tmp_path, images):
+    """Train for a few steps on the CPU and return the trainer."""
+
+    def train(model, method="byot", *, resume=None, trainer_kwargs=None, **args):
+        args = {
+            "output_dir": str(tmp_path / "run"),
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 5,
+            "logging_steps": 1,
+            "learning_rate": 0.01,
+            "optim": "sgd",
+            "max_grad_norm": 0,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "seed": 0,
+        } | args
+        kwargs = {"train_dataset": images, "eval_dataset": images} | (trainer_kwargs or {})
+        trainer = SelfDistillationTrainer(model, TrainingArguments(**args), method, **kwargs)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return train
