@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 # What would make timm read files or fetch weights, or that this library decides itself.
-_REFUSED_BACKBONE_KWARGS = {
+REFUSED_BACKBONE_KWARGS = {
     "cache_dir",
     "checkpoint_path",
     "features_only",
@@ -73,7 +73,7 @@ class MultiExitConfig(PreTrainedConfig):
         if not isinstance(self.backbone_kwargs or {}, dict):
             raise ValueError(f"backbone_kwargs must be a dictionary, but got {self.backbone_kwargs!r}.")
         self.backbone_kwargs = dict(self.backbone_kwargs or {})
-        if refused := sorted(_REFUSED_BACKBONE_KWARGS & self.backbone_kwargs.keys()):
+        if refused := sorted(REFUSED_BACKBONE_KWARGS & self.backbone_kwargs.keys()):
             raise ValueError(
                 f"backbone_kwargs must not contain {', '.join(refused)}: a configuration holds no weights and "
                 "num_labels sets the classes. To start from weights use MultiExitForImageClassification.from_backbone."

@@ -17,7 +17,7 @@ from .backbone import (
     measure,
     run,
 )
-from .configuration import MultiExitConfig
+from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
 from .exits import ConvExit, TokenExit
 from .functional import cross_entropy
 from .outputs import MultiExitOutput
@@ -257,15 +257,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
 def _resolved_kwargs(backbone: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that rebuild the backbone, those that a Hub repository brought included."""
     recorded = {**getattr(backbone, "_model_args", {}), **given}
-    unwanted = {
-        "num_classes",
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "cache_dir",
-        "checkpoint_path",
-    }
-    return copy.deepcopy({key: value for key, value in recorded.items() if key not in unwanted})
+    return copy.deepcopy({key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS})
 
 
 def _label_names(backbone: nn.Module) -> dict[str, Any] | None:

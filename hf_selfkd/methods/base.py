@@ -34,12 +34,11 @@ class Method:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        registered = _METHODS.setdefault(cls.name, cls)
-        if (registered.__module__, registered.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"Method name '{cls.name}' is taken by {registered.__module__}.{registered.__qualname__}."
-            )
-        _METHODS[cls.name] = cls  # the same class again: its module was reloaded, or its script run anew
+        taken_by = _METHODS.get(cls.name, cls)
+        # The same class may come again: its module was reloaded, or its notebook cell run anew.
+        if (taken_by.__module__, taken_by.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"Method name '{cls.name}' is taken by {taken_by.__module__}.{taken_by.__qualname__}.")
+        _METHODS[cls.name] = cls
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
         """Return the terms of the loss, scalars that already carry their weights.
