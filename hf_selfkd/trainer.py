@@ -3,7 +3,7 @@
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,8 @@ class SelfDistillationTrainer(Trainer):
             it does in the papers' recipes with SGD.
         ema_decay: Decay of a moving average of the weights, in [0, 1); ``None`` for none. The average is what is
             evaluated and what the model holds after training.
+        mix: Applied to ``(pixel_values, labels)`` of every training batch, on its device, such as torchvision's
+            ``v2.MixUp``; labels become probabilities.
         compute_metrics: As in ``Trainer``, and then it sees the logits of all exits; ``None`` for the metrics above.
         kwargs: What ``Trainer`` takes.
 
@@ -68,6 +70,7 @@ class SelfDistillationTrainer(Trainer):
         lr_gamma: float = 0.1,
         decay_norms: bool = False,
         ema_decay: float | None = None,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         compute_metrics=None,
         **kwargs,
     ):
@@ -75,6 +78,7 @@ class SelfDistillationTrainer(Trainer):
         self.lr_milestones = tuple(lr_milestones)
         self.lr_gamma = lr_gamma
         self.decay_norms = decay_norms
+        self.mix = mix
         self._terms: dict[str, Tensor] = defaultdict(lambda: 0.0)
         self._term_steps = 0.0
         args = TrainingArguments() if args is None else args
@@ -112,13 +116,16 @@ class SelfDistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Add up the method's terms in training; in evaluation return the deepest exit's cross-entropy."""
-        labels = inputs["labels"]
-        output = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        images, labels = inputs["pixel_values"], inputs["labels"]
         if not self.model.training:
+            output = model(images)
             loss = cross_entropy(output.exit_logits[-1], labels)
             return (loss, output) if return_outputs else loss
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
         if self.args.label_smoothing_factor:
-            labels = smooth_labels(labels, output.logits.shape[1], self.args.label_smoothing_factor)
+            labels = smooth_labels(labels, self.model.config.num_labels, self.args.label_smoothing_factor)
+        output = model(images)
         terms = self.loss_terms(output, labels)
         self._track(terms)
         loss = add(terms.values())

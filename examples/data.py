@@ -1,0 +1,191 @@
+"""Image data sets for the examples: found by name or folder, read, augmented."""
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from PIL import Image as PILImage
+from torchvision.transforms import InterpolationMode, v2
+
+HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+EVALUATION_SPLITS = ("test", "validation", "valid", "val")
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they are varied in training."""
+
+    dataset: str = field(
+        default="cifar100",
+        metadata={"help": "cifar100, cifar10, digits (needs no network), or a folder of parquet files or images."},
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
+    label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
+    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
+    crop_padding: int = field(default=4, metadata={"help": "Padding of the random crop in pixels."})
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the images."})
+    auto_augment: str | None = field(default=None, metadata={"help": "autoaugment (CIFAR-10 policy) or randaugment."})
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup, 0 for none."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of cutmix, 0 for none; beside mixup, either by chance."})
+
+
+def load_images(arguments: DataArguments) -> tuple[DatasetDict, list[str]]:
+    """Load training and evaluation images.
+
+    Returns:
+        The splits ``train`` and ``test`` with the columns ``image`` (encoded) and ``label``, and the class names.
+
+    Raises:
+        ValueError: If the data cannot be found or reached, or its columns are not clear.
+    """
+    splits = _digits() if arguments.dataset == "digits" else _load(arguments.dataset)
+    if "train" not in splits:
+        raise ValueError(f"{arguments.dataset} has the splits {', '.join(splits)}, but none called train.")
+    evaluation = next((name for name in EVALUATION_SPLITS if name in splits), None)
+    if evaluation is None:
+        raise ValueError(
+            f"{arguments.dataset} has the splits {', '.join(splits)}, but none to evaluate on: "
+            f"one of {', '.join(EVALUATION_SPLITS)} is needed."
+        )
+    features = splits["train"].features
+    image = _find_column(features, arguments.image_column, Image, "image")
+    label = _find_column(features, arguments.label_column, ClassLabel, "label")
+    limits = {"train": arguments.max_train_samples, "test": arguments.max_eval_samples}
+    chosen = DatasetDict(train=splits["train"], test=splits[evaluation])
+    for name, split in chosen.items():
+        split = split.select(range(min(limits[name] or len(split), len(split))))
+        split = split.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+        chosen[name] = split.cast_column("image", Image(decode=False))
+    return chosen, _class_names(chosen, label)
+
+
+def _load(name: str) -> DatasetDict:
+    if name not in HUB_DATASETS and not Path(name).is_dir():
+        known = ", ".join([*HUB_DATASETS, "digits"])
+        raise ValueError(f"--dataset takes {known} or an existing folder, but got {name!r}.")
+    try:
+        return load_dataset(HUB_DATASETS.get(name, name))
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        if name not in HUB_DATASETS:
+            raise
+        raise ValueError(
+            f"{HUB_DATASETS[name]} could not be had from the Hub ({error}). Without network use --dataset digits, "
+            "or --dataset with a local folder of parquet files or images."
+        ) from error
+    except (datasets.exceptions.DataFilesNotFoundError, datasets.exceptions.EmptyDatasetError) as error:
+        raise ValueError(f"The folder {name!r} holds neither parquet files nor images.") from error
+
+
+def _digits() -> DatasetDict:
+    """Return scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels, 360 of them for evaluation."""
+    from sklearn.datasets import load_digits
+
+    scans, labels = load_digits(return_X_y=True)
+    pixels = (scans.reshape(-1, 8, 8) / 16 * 255).astype("uint8")
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    rows = {"image": [PILImage.fromarray(scan) for scan in pixels], "label": labels.tolist()}
+    return Dataset.from_dict(rows, features=features).train_test_split(360, seed=0, stratify_by_column="label")
+
+
+def _find_column(features: Features, name: str | None, kind: type, what: str) -> str:
+    if name is not None:
+        if name not in features:
+            raise ValueError(f"--{what}_column {name!r} is not among the columns: {', '.join(features)}.")
+        return name
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    named = [column for column in ("image", "img", "label", "labels") if column in features and what[:2] in column]
+    if len(found) == 1:
+        return found[0]
+    if found == [] and len(named) == 1 and kind is ClassLabel:
+        return named[0]
+    if "fine_label" in found:  # CIFAR-100 has its twenty superclasses beside the hundred classes
+        return "fine_label"
+    raise ValueError(
+        f"{'No' if not found else 'More than one'} {what} column was found among {', '.join(features)}. "
+        f"Name it with --{what}_column."
+    )
+
+
+def _class_names(splits: DatasetDict, column: str) -> list[str]:
+    feature = splits["train"].features["label"]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    labels = splits["train"].unique("label")
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise ValueError(f"Column {column!r} must hold whole numbers from 0 or class labels, but holds {labels[:3]}.")
+    return [str(label) for label in range(max(labels) + 1)]
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """Reads images as RGB, applies ``transform`` and names what cannot be read.
+
+    Args:
+        rows: A data set with the columns ``image`` (encoded) and ``label``.
+        transform: From a PIL image to a tensor ``(3, height, width)``.
+    """
+
+    def __init__(self, rows: Dataset, transform):
+        self.rows = rows
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {"pixel_values": self.transform(read_image(row["image"])), "labels": row["label"]}
+
+
+def read_image(encoded: dict[str, Any]) -> PILImage.Image:
+    """Decode an image as RGB, whatever its mode.
+
+    Raises:
+        ValueError: If it is no image; names the file where there is one.
+    """
+    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+    try:
+        return PILImage.open(source).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{encoded['path'] or 'an embedded image'} is no readable image ({error}).") from error
+
+
+def training_transform(arguments: DataArguments, data_config: dict[str, Any]) -> v2.Compose:
+    """Return crop, flip and what else was asked for, then normalisation."""
+    policies = {
+        None: [],
+        "autoaugment": [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)],
+        "randaugment": [v2.RandAugment()],
+    }
+    if arguments.auto_augment not in policies:
+        raise ValueError(f"--auto_augment takes autoaugment or randaugment, but got {arguments.auto_augment!r}.")
+    size = arguments.image_size
+    return v2.Compose(
+        [
+            v2.Resize(size, InterpolationMode(data_config["interpolation"])),
+            v2.RandomCrop(size, padding=arguments.crop_padding or None),
+            v2.RandomHorizontalFlip(0.5 if arguments.horizontal_flip else 0.0),
+            *policies[arguments.auto_augment],
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(data_config["mean"], data_config["std"]),
+            v2.RandomErasing(arguments.random_erasing),
+        ]
+    )
+
+
+def mixing_transform(arguments: DataArguments, num_classes: int):
+    """Return mixup, cutmix or a choice of both for whole batches; ``None`` if neither was asked for."""
+    transforms = []
+    if arguments.mixup:
+        transforms.append(v2.MixUp(alpha=arguments.mixup, num_classes=num_classes))
+    if arguments.cutmix:
+        transforms.append(v2.CutMix(alpha=arguments.cutmix, num_classes=num_classes))
+    return v2.RandomChoice(transforms) if transforms else None
