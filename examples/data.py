@@ -34,7 +34,9 @@ class DataArguments:
     auto_augment: str | None = field(default=None, metadata={"help": "autoaugment (CIFAR-10 policy) or randaugment."})
     random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
     mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup, 0 for none."})
-    cutmix: float = field(default=0.0, metadata={"help": "Alpha of cutmix, 0 for none; beside mixup, either by chance."})
+    cutmix: float = field(
+        default=0.0, metadata={"help": "Alpha of cutmix, 0 for none; beside mixup, either by chance."}
+    )
 
 
 def load_images(arguments: DataArguments) -> tuple[DatasetDict, list[str]]:

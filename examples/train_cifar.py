@@ -15,7 +15,15 @@ from typing import Any
 
 import timm
 import torch
-from data import CIFAR_MEAN, CIFAR_STD, DataArguments, LabelledImages, load_images, mixing_transform, training_transform
+from data import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    DataArguments,
+    LabelledImages,
+    load_images,
+    mixing_transform,
+    training_transform,
+)
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -45,7 +53,7 @@ class ModelArguments:
     exits: str | None = field(default=None, metadata={"help": "JSON list of stages. Default: chosen by the model."})
     exit_width: int | None = field(default=None, metadata={"help": "Default: the width of the pre-logits."})
     method: str = field(default="eed", metadata={"help": "byot, deep_supervision, eed, none, ..."})
-    method_args: str = field(default="{}", metadata={"help": 'JSON, such as \'{"alpha": 0.3}\'.'})
+    method_args: str = field(default="{}", metadata={"help": "JSON, such as '{\"alpha\": 0.3}'."})
     lr_milestones: list[float] = field(
         default_factory=lambda: [75, 130, 180], metadata={"help": "Epochs after which the learning rate drops."}
     )

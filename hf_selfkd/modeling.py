@@ -207,7 +207,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         architecture = model.pretrained_cfg["architecture"]
         tag = model.pretrained_cfg.get("tag")
         built = MultiExitConfig(
-            backbone=f"{architecture}.{tag}" if pretrained and tag else architecture,
+            backbone=f"{architecture}.{tag}" if pretrained and tag and ":" not in backbone else architecture,
             backbone_kwargs=_resolved_kwargs(model, backbone_kwargs),
             **(labels | config),
         )
@@ -237,17 +237,22 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             answers.append(head(stage_map.detach() if self.detach_exits else stage_map))
         answers.append((logits, join_features(seen.features)))
         exit_logits, exit_features = zip(*answers, strict=True)
-        output = MultiExitOutput(logits=logits, exit_logits=exit_logits, exit_features=exit_features)
+        if not self.training and self.config.ensemble:
+            logits = torch.stack(exit_logits).mean(dim=0)
+        exit_maps = None
         if self.training or output_hidden_states:
-            output.exit_maps = tuple(
+            exit_maps = tuple(
                 self._stage_map(stage, seen.outputs[stage], image_size) for stage in range(len(self.anatomy.stages))
             )
+        output = MultiExitOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            exit_logits=exit_logits,
+            exit_features=exit_features,
+            exit_maps=exit_maps,
+        )
         if self.training and self.scaffold is not None:
             output.scaffold = self.scaffold(pixel_values, output)
-        if not self.training and self.config.ensemble:
-            output.logits = output.ensemble_logits
-        if labels is not None:
-            output.loss = cross_entropy(output.logits, labels)
         return output if return_dict is not False else output.to_tuple()
 
     def _stage_map(self, index: int, output: Any, image_size: tuple[int, int]) -> Tensor:
