@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
@@ -75,15 +74,13 @@ def _load(name: str) -> DatasetDict:
         raise ValueError(f"--dataset takes {known} or an existing folder, but got {name!r}.")
     try:
         return load_dataset(HUB_DATASETS.get(name, name))
-    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (ConnectionError, FileNotFoundError) as error:
         if name not in HUB_DATASETS:
-            raise
+            raise ValueError(f"The folder {name!r} holds neither parquet files nor images.") from error
         raise ValueError(
             f"{HUB_DATASETS[name]} could not be had from the Hub ({error}). Without network use --dataset digits, "
             "or --dataset with a local folder of parquet files or images."
         ) from error
-    except (datasets.exceptions.DataFilesNotFoundError, datasets.exceptions.EmptyDatasetError) as error:
-        raise ValueError(f"The folder {name!r} holds neither parquet files nor images.") from error
 
 
 def _digits() -> DatasetDict:

@@ -110,7 +110,10 @@ def parse() -> tuple[ModelArguments, DataArguments, Recipe]:
 
 
 def parse_json(name: str, text: str | None, kind: type) -> Any:
-    value = None if text is None else json.loads(text)
+    try:
+        value = None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name} is not JSON: {text}") from error
     if not isinstance(value, (kind, type(None))):
         raise ValueError(f"--{name} must be a JSON {kind.__name__}, but got {text}.")
     return value
