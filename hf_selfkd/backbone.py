@@ -1,27 +1,36 @@
 """Stages of a timm model: where they end, what they give, and hooks that listen there.
 
-The only file that knows timm. A forward hook sits where each stage of ``feature_info`` ends. During a call of
+A forward hook sits where each stage of ``feature_info`` ends. During a call of
 :func:`run` it hands the stage's output to that call's visitor, which may answer with a replacement (early exit answers
 with fewer rows); outside of one it does nothing.
 """
 
-import difflib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
-from timm.models import parse_model_name
+from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 # Index under which a visitor gets what enters the classifier, the stages being 0, 1, 2, ...
 FEATURES = -1
 
-# Pooling that follows the first convolution, per family, for small_input_stem.
-_STEM_POOLS = ("maxpool", "features.pool0", "stem.pool")
+# Classes whose feature_info names modules that do not exist or do not end the stage: first part of the name -> what
+# ends it.
+_STAGE_ENDS = {
+    "Gemma4VitClassifier": {"blocks": "encoder.blocks"},
+    "HighResolutionNet": {"stem": "act1"} | {f"stage{scale + 1}": f"incre_modules.{scale}" for scale in range(4)},
+    "MobileNetV5": {"bn1": "conv_stem"},
+    "MultiScaleVit": {"block": "stages"},
+    "TResNet": {"": "body.conv1"},
+    "Twins": {"block": "blocks"},
+}
+
+# Classes whose forward_intermediates reads values, which the meta device has not: their maps are the grid of patches.
+_PATCH_GRIDS = {"Gemma4VitClassifier"}
 
 # The visitor of the call that is running in this thread. Not on the model: that would break pickle and let two
 # threads on one model see each other's images.
@@ -74,10 +83,12 @@ class Anatomy:
     Args:
         stages: Its stages, shallow to deep.
         width: Width of what enters the classifier.
+        in_order: Whether the stages end in their order; those of parallel branches (crossvit) do not.
     """
 
     stages: tuple[Stage, ...]
     width: int
+    in_order: bool = True
 
     @property
     def hooked(self) -> bool:
@@ -85,92 +96,20 @@ class Anatomy:
         return all(stage.module is not None for stage in self.stages)
 
 
-def create_backbone(
-    name: str, *, num_classes: int | None, small_input_stem: bool, exit_width: int | None, **kwargs
-) -> nn.Module:
-    """Create a timm model that exits can be attached to.
-
-    Args:
-        name: What ``timm.create_model`` takes.
-        num_classes: Number of classes, ``None`` for timm's own.
-        small_input_stem: Whether to replace the stem by one for 32-pixel images.
-        exit_width: Width to project the pre-logits to, ``None`` to leave them alone.
-        kwargs: Passed to ``timm.create_model``.
-
-    Raises:
-        ValueError: If timm does not know the name, the model has no ``feature_info`` or no classifier, or its stem
-            cannot be changed.
-    """
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
-    if ":" not in name and not timm.is_model(parse_model_name(name)[1].split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(
-            f"Unknown timm model '{name}'. "
-            + (f"Did you mean {' or '.join(repr(match) for match in near)}?" if near else "See timm.list_models().")
-        )
-    backbone = timm.create_model(name, **kwargs)
-    if not getattr(backbone, "feature_info", None):
-        raise ValueError(
-            f"timm model '{name}' has no feature_info, so it cannot be given exits. Choose a model for which "
-            "timm.create_model(name).feature_info names the stages, or give the class that attribute."
-        )
-    if not hasattr(backbone, "get_classifier"):
-        raise ValueError(
-            f"timm model '{name}' is an encoder without a classifier, so it has no deepest exit. Choose a model "
-            "with get_classifier()."
-        )
-    if backbone.num_classes == 0:
-        raise ValueError(f"timm model '{name}' has no classes of its own. Give num_labels.")
-    if small_input_stem:
-        _shrink_stem(backbone, name)
-    if exit_width is not None:
-        _project_features(backbone, name, exit_width)
-    return backbone
-
-
-def _shrink_stem(backbone: nn.Module, name: str) -> None:
-    """Make the first convolution 3x3 with stride 1, keeping its weights if it is 3x3, and drop the pooling behind."""
-    path = backbone.pretrained_cfg.get("first_conv")
-    conv = backbone.get_submodule(path) if isinstance(path, str) else None
-    if not isinstance(conv, nn.Conv2d) or conv.stride == conv.kernel_size or conv.kernel_size == (1, 1):
-        raise ValueError(
-            f"small_input_stem needs a backbone that starts with a strided convolution, but '{name}' does not. "
-            "For patch-based models give backbone_kwargs such as {'img_size': 32, 'patch_size': 4}."
-        )
-    if conv.kernel_size == (3, 3):
-        conv.stride = (1, 1)
-    else:
-        small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
-        nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
-        backbone.set_submodule(path, small)
-    modules = dict(backbone.named_modules())
-    for pool in _STEM_POOLS:
-        if pool in modules:
-            backbone.set_submodule(pool, nn.Identity())
-
-
-def _project_features(backbone: nn.Module, name: str, width: int) -> None:
-    """Put a linear projection to ``width`` and a new classifier in the place of the classifier (LSH, section 3.1)."""
-    classifier = backbone.get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        raise ValueError(
-            f"exit_width needs a backbone with one linear classifier, but that of '{name}' is a "
-            f"{type(classifier).__name__}. Leave exit_width at None."
-        )
-    if width == classifier.in_features:
-        return
-    path = next(path for path, module in backbone.named_modules() if module is classifier)
-    projection = nn.Linear(classifier.in_features, width)
-    backbone.set_submodule(path, nn.Sequential(projection, nn.Linear(width, classifier.out_features)))
-
-
 def _classifiers(backbone: nn.Module) -> list[nn.Module]:
     """List the modules whose inputs are the pre-logits: one, or several for distilled and multi-branch models."""
-    classifier = backbone.get_classifier()
-    if isinstance(classifier, nn.Sequential):  # made by _project_features
-        classifier = classifier[-1]
-    return list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
+    classifiers = backbone.get_classifier()
+    if isinstance(classifiers, tuple) and isinstance(classifiers[0], nn.ModuleList):
+        classifiers = classifiers[0]  # distilled and of several branches: the second list reads what the first reads
+    if not isinstance(classifiers, (tuple, list, nn.ModuleList)):
+        classifiers = [classifiers]
+    return [_last_layer(classifier) for classifier in classifiers]
+
+
+def _last_layer(classifier: nn.Module) -> nn.Module:
+    if isinstance(classifier, ClassifierHead):  # some models give the whole head, with its pooling
+        return classifier.fc
+    return classifier[-1] if isinstance(classifier, nn.Sequential) else classifier  # made by _project_features
 
 
 def _report(index: int, module: nn.Module, args: Any, output: Any) -> Any:
@@ -181,14 +120,19 @@ def _report(index: int, module: nn.Module, args: Any, output: Any) -> Any:
 def _report_features(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     visitor = getattr(_active, "visitor", None)
     if visitor is not None:
-        visitor(FEATURES, args[0].flatten(1))
+        # Attention pooling (resnet50_clip) classifies all tokens and then takes the first.
+        visitor(FEATURES, args[0][:, 0] if args[0].dim() == 3 else args[0].flatten(1))
 
 
 def attach_hooks(backbone: nn.Module, anatomy: Anatomy) -> None:
     """Let the visitor of :func:`run` see every stage and what enters the classifier."""
-    if anatomy.hooked:
-        for index, stage in enumerate(anatomy.stages):
-            backbone.get_submodule(stage.module).register_forward_hook(partial(_report, index))
+    _listen(backbone, [stage.module for stage in anatomy.stages])
+
+
+def _listen(backbone: nn.Module, paths: list[str | None]) -> None:
+    for index, path in enumerate(paths):
+        if path is not None:
+            backbone.get_submodule(path).register_forward_hook(partial(_report, index))
     for classifier in _classifiers(backbone):
         classifier.register_forward_pre_hook(_report_features)
 
@@ -242,68 +186,91 @@ def measure(create: Callable[[], nn.Module]) -> Anatomy:
 
     Args:
         create: Builds the backbone.
+
+    Raises:
+        ValueError: If the backbone cannot run, or does not answer with one row of classes per image.
     """
+    seen: list[tuple[int, Any]] = []
     with torch.device("meta"), torch.no_grad():
         backbone = create().eval()
         channels, *image_size = input_shape(backbone)
         images = torch.empty(2, channels, *image_size)
-        modules = dict(backbone.named_modules())
-        paths = [_end_of_stage(modules, info["module"]) for info in backbone.feature_info]
-        seen: list[list[Any]] = [[] for _ in paths]
-        features: list[Tensor] = []
-        for index, path in enumerate(paths):
-            if path is not None:
-                modules[path].register_forward_hook(partial(_collect, seen[index]))
-        for classifier in _classifiers(backbone):
-            classifier.register_forward_pre_hook(lambda module, args: features.append(args[0].flatten(1)))
-        backbone(images)
-        outputs = [list(stage) for stage in seen]
-        maps = backbone.forward_intermediates(images, intermediates_only=True)
-    stages = [
-        _describe(path, output, stage_map, tuple(image_size))
-        for path, output, stage_map in zip(paths, outputs, maps, strict=True)
+        paths = [_end_of_stage(backbone, info["module"]) for info in backbone.feature_info]
+        _listen(backbone, paths)
+        try:
+            logits = run(backbone, Anatomy((), 0), images, lambda index, output: seen.append((index, output)))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"{type(backbone).__name__} cannot run on images shaped {tuple(images.shape[1:])}: {error} If it was "
+                "given small_input_stem, its later layers are sized for its own stem: leave that at False."
+            ) from error
+        maps = _maps(backbone, images)
+    features = [output for index, output in seen if index == FEATURES]
+    if not isinstance(logits, Tensor) or logits.shape != (2, backbone.num_classes) or not features:
+        raise ValueError(
+            f"A backbone must answer with logits (batch, {backbone.num_classes}) of its classifier, but "
+            f"{type(backbone).__name__} gives {getattr(logits, 'shape', type(logits))}. Leave global_pool as it is."
+        )
+    fits = [
+        _fits(path, [output for seen_index, output in seen if seen_index == index], stage_map, tuple(image_size))
+        for index, (path, stage_map) in enumerate(zip(paths, maps, strict=True))
     ]
-    if not all(stage.module is not None for stage in stages):
-        stages = [_describe(None, [], stage_map, tuple(image_size)) for stage_map in maps]
-    return Anatomy(tuple(stages), join_features(features).shape[-1])
+    # Where channels, height and width agree a map fits two layouts: the other stages tell which it is.
+    layouts = {stages[0].layout for stages in fits if len({stage.layout for stage in stages}) == 1}
+    stages = [next((stage for stage in stages if stage.layout in layouts), None) for stages in fits]
+    if None in stages:
+        stages = [_stage(None, stage_map, tuple(image_size)) for stage_map in maps]
+    order = [index for index, _ in seen if index != FEATURES]
+    return Anatomy(tuple(stages), join_features(features).shape[-1], order == sorted(order))
 
 
-def _collect(outputs: list[Any], module: nn.Module, args: Any, output: Any) -> None:
-    outputs.append(output)
-
-
-def _end_of_stage(modules: dict[str, nn.Module], path: str) -> str | None:
+def _end_of_stage(backbone: nn.Module, path: str) -> str | None:
     """Return the module that ends a stage, or ``None`` if there is no such module.
 
-    With gradient checkpointing timm calls the blocks of a plain sequence and never the sequence itself, so a hook
-    must sit on the last block.
+    Lists of blocks are never called, nor are plain sequences under gradient checkpointing: a hook must sit on their
+    last block.
     """
+    modules = dict(backbone.named_modules())
+    first, dot, rest = path.partition(".")
+    path = _STAGE_ENDS.get(type(backbone).__name__, {}).get(first, first) + dot + rest
     if path not in modules:
         return None
-    while type(modules[path]) is nn.Sequential and len(modules[path]):
+    while type(modules[path]) in (nn.Sequential, nn.ModuleList) and len(modules[path]):
         path = f"{path}.{next(reversed(modules[path]._modules))}"
     return path
 
 
-def _describe(path: str | None, outputs: list[Any], stage_map: Tensor, image_size: tuple[int, int]) -> Stage:
-    """Tell how the raw output of a hook becomes the map that timm's ``forward_intermediates`` gives."""
-    batch, channels, height, width = stage_map.shape
-    found = partial(Stage, channels=channels, size=(height, width), image_size=image_size)
-    if path is None or len(outputs) != 1:
-        return found(None)
+def _maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return timm's own maps of all stages."""
+    if type(backbone).__name__ not in _PATCH_GRIDS:
+        return backbone.forward_intermediates(images, intermediates_only=True)
+    grid = [side // patch for side, patch in zip(images.shape[2:], backbone.patch_size, strict=True)]
+    return [images.new_empty(len(images), info["num_chs"], *grid) for info in backbone.feature_info]
+
+
+def _stage(path: str | None, stage_map: Tensor, image_size: tuple[int, int], **found) -> Stage:
+    return Stage(path, stage_map.shape[1], tuple(stage_map.shape[2:]), image_size, **found)
+
+
+def _fits(path: str | None, outputs: list[Any], stage_map: Tensor, image_size: tuple[int, int]) -> list[Stage]:
+    """List how the output that a hook saw can be the map that ``forward_intermediates`` gives, best first."""
+    if len(outputs) != 1:
+        return []
     output = outputs[0]
-    candidates = enumerate(output) if isinstance(output, (list, tuple)) else [(None, output)]
-    for element, tensor in candidates:
+    batch, channels, height, width = stage_map.shape
+    found = partial(_stage, path, stage_map, image_size)
+    fits = []
+    for element, tensor in enumerate(output) if isinstance(output, (list, tuple)) else [(None, output)]:
         if not isinstance(tensor, Tensor):
             continue
         if tensor.shape == stage_map.shape:
-            return found(path, element=element)
+            fits.append(found(element=element))
         if tensor.shape == (batch, height, width, channels):
-            return found(path, layout="NHWC", element=element)
-        num_prefix_tokens = tensor.shape[1] - height * width if tensor.dim() == 3 else -1
-        if num_prefix_tokens >= 0 and tensor.shape[2] == channels:
-            return found(path, layout="NLC", num_prefix_tokens=num_prefix_tokens, element=element)
-    return found(None)
+            fits.append(found(layout="NHWC", element=element))
+        if tensor.dim() == 3 and tensor.shape[1] >= height * width and tensor.shape[2] == channels:
+            num_prefix_tokens = tensor.shape[1] - height * width
+            fits.append(found(layout="NLC", num_prefix_tokens=num_prefix_tokens, element=element))
+    return sorted(fits, key=lambda stage: stage.num_prefix_tokens)
 
 
 def default_exits(stages: tuple[Stage, ...]) -> list[int]:

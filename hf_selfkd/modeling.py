@@ -11,13 +11,13 @@ from .backbone import (
     FEATURES,
     Stage,
     attach_hooks,
-    create_backbone,
     default_exits,
     join_features,
     measure,
     run,
 )
 from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
+from .creation import create_backbone
 from .exits import ConvExit, TokenExit
 from .functional import cross_entropy
 from .outputs import MultiExitOutput
