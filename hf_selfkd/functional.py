@@ -68,6 +68,35 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.detach().float())
 
 
+def attention_map(stage_map: Tensor) -> Tensor:
+    """Where a map is active: the mean of squares over channels, one unit vector per sample, in float32.
+
+    ``v / max(|v|, 1e-12)`` with ``v = mean_c F^2`` (Zagoruyko & Komodakis, ICLR 2017, section 3.1).
+
+    Args:
+        stage_map: ``(batch, channels, height, width)``.
+
+    Returns:
+        ``(batch, height * width)``; all zero for a map that is zero.
+    """
+    return F.normalize(stage_map.float().square().mean(dim=1).flatten(1), dim=1)
+
+
+def attention_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """Mean squared difference of two attention maps over samples and pixels, the teacher detached.
+
+    Channels may differ. A map of one pixel is 1 whatever it holds, so its loss is 0.
+
+    Args:
+        student_map: ``(batch, channels, height, width)``.
+        teacher_map: ``(batch, channels, height, width)``, of the same size.
+
+    Returns:
+        A scalar.
+    """
+    return mse(attention_map(student_map), attention_map(teacher_map))
+
+
 def smooth_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     """Turn class indices ``(batch,)`` into probabilities ``(batch, classes)`` (Szegedy et al. 2016, section 7).
 

@@ -38,7 +38,10 @@ def _as_tensors(value):
         return {key: _as_tensors(item) for key, item in value.items()}
     if isinstance(value, (bool, str)) or value is None:
         return value
-    return torch.tensor(value)
+    try:
+        return torch.tensor(value)
+    except ValueError:  # levels of several sizes
+        return [_as_tensors(item) for item in value]
 
 
 @pytest.fixture
