@@ -272,11 +272,22 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        with _random_states((self.seed, int(self.epoch), index)):
-            try:
-                sample = self.dataset[index]
-            except (OSError, ValueError) as error:
-                raise ValueError(f"Sample {index} of the {self.name} data cannot be read: {error}") from error
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Return a batch of samples; putting the random states back once is cheaper than after each."""
+        with _kept_random_states():
+            return [self._draw(index) for index in indices]
+
+    def _draw(self, index: int) -> dict[str, Any]:
+        seed = int(np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1, np.uint32)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+        try:
+            sample = self.dataset[index]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Sample {index} of the {self.name} data cannot be read: {error}") from error
         label = sample.get("labels")
         if isinstance(label, (int, np.integer)) and label != -100 and not 0 <= label < self.num_labels:
             raise ValueError(
@@ -287,12 +298,8 @@ class SeededDataset(Dataset):
 
 
 @contextmanager
-def _random_states(key: tuple[int, ...]) -> Iterator[None]:
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
+def _kept_random_states() -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
     try:
         yield
     finally:
