@@ -116,7 +116,7 @@ def add(terms: Iterable[Tensor]) -> Tensor:
 
 
 def hash_projection(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Project features onto the normals of hash planes: ``W f + b`` (LSH, Wang et al. 2020, section 3.2).
+    """Project features onto the normals of hash planes: ``W f + b`` (LSH, Wang et al. 2021).
 
     In float32 also under autocast, where a bit would otherwise hang on the rounding.
 

@@ -117,7 +117,7 @@ class LSH(Method):
         layer.bias.copy_(median_bias(_gather(features).to(layer.weight.device), layer.weight))
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label``, ``feature`` (mean squared error) and ``hash`` (cross-entropy of the bits) of section 3.2.
+        """Return ``label``, ``feature`` (mean squared error) and ``hash`` (binary cross-entropy of the hash bits).
 
         ``output.scaffold`` must hold what :class:`HashLayer` gives.
         """

@@ -1,6 +1,7 @@
 """A frozen teacher inside a scaffold: another network that answers for the same images."""
 
 import difflib
+import json
 import os
 import threading
 from typing import Any
@@ -101,6 +102,13 @@ def _report(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 def _load(name: str) -> nn.Module:
     """Load a teacher by folder, Hub repository or timm name."""
+    config = os.path.join(name, "config.json")
+    if os.path.isfile(config):
+        with open(config, encoding="utf-8") as file:
+            if "model_type" not in json.load(
+                file
+            ):  # timm's own, whose num_classes transformers' wrapper stumbles over
+                return timm.create_model(f"local-dir:{name}", pretrained=True)
     if os.path.isdir(name) or ("/" in name and ":" not in name):
         return AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
     if ":" not in name and not timm.is_model(parse_model_name(name)[1].split(".")[0]):

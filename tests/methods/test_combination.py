@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from torchvision.transforms import v2
 
 from hf_selfkd import Method, get_method, list_methods
 from hf_selfkd.functional import hash_projection
@@ -116,12 +117,24 @@ def test_trains_and_resumes(build, train, tmp_path):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
+def test_trains_on_mixed_images(build, train):
+    network = timm.create_model("test_resnet", num_classes=5)
+    method = get_method("eed+lsh+kd", lsh={"teacher": network, "num_hashes": 16}, kd={"teacher": network})
+    mix = v2.RandomChoice([v2.MixUp(num_classes=5), v2.CutMix(num_classes=5)])
+    trainer = train(build(), method, trainer_kwargs={"mix": mix}, label_smoothing_factor=0.1, max_steps=4)
+    for entry in trainer.state.log_history[:4]:
+        terms = [value for name, value in entry.items() if name.startswith("loss/")]
+        assert len(terms) == 6 and entry["loss"] == pytest.approx(sum(terms), abs=1e-3)
+
+
 def test_errors(exits_of_vectors):
     with pytest.raises(ValueError, match="Unknown method 'lhs'. Did you mean 'lsh'"):
         get_method("eed+lhs")
     with pytest.raises(ValueError, match="A combination names each method once, but got 'eed[+]eed'"):
         get_method("eed+eed")
-    with pytest.raises(ValueError, match="eed[+]lsh has no hyper-parameter 'eeed'. Did you mean 'eed'. Available: eed"):
+    with pytest.raises(
+        ValueError, match="eed[+]lsh has no hyper-parameter 'eeed'. Did you mean 'eed'. Available: eed"
+    ):
         get_method("eed+lsh", eeed={})
     with pytest.raises(ValueError, match="EED has no hyper-parameter 'mimic_weight'"):
         get_method("eed+lsh", eed={"mimic_weight": 1.0})

@@ -39,9 +39,7 @@ def test_terms_are_the_papers(exits_of_vectors, alpha, temperature):
     output, labels = exits_of_vectors
     output.scaffold = {"teacher_logits": torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])}
     terms = get_method("kd", alpha=alpha, temperature=temperature)(output, labels, 0.0)
-    expected = plain_kd(
-        torch.stack(output.exit_logits), output.scaffold["teacher_logits"], labels, alpha, temperature
-    )
+    expected = plain_kd(torch.stack(output.exit_logits), output.scaffold["teacher_logits"], labels, alpha, temperature)
     assert terms["label"].item() == pytest.approx(expected[0], abs=1e-5)
     assert terms["logit"].item() == pytest.approx(expected[1], abs=1e-5)
 

@@ -10,6 +10,7 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     ResNetConfig,
     ResNetForImageClassification,
+    TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
@@ -37,19 +38,15 @@ def hf_resnet():
 
 
 def conv_classifier():
-    kwargs = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 16), "stem_chs": 8, "num_classes": 5}
-    return timm.create_model("resnetv2_50x1_bit", **kwargs)
-
-
-def timm_folder(path):
-    save_for_hf(resnet(), path)
-    return str(path)
+    network = timm.create_model("resnetv2_50", num_classes=5, layers=(1, 1, 1, 1), channels=(8, 8, 8, 16))
+    assert isinstance(network.get_classifier(), torch.nn.Conv2d)
+    return network
 
 
 @pytest.mark.parametrize(
     ("create", "width"),
     [
-        (resnet, 256),
+        (resnet, 96),
         (conv_classifier, 16),
         (hf_resnet, 16),
         (lambda: ViTForImageClassification(ViTConfig(**TINY_VIT)), 16),
@@ -127,19 +124,19 @@ def test_loads_folders_of_every_kind(build, batch, tmp_path):
     teacher = Teacher(str(tmp_path / "vit"), model)
     expected = vit.eval()(batch["pixel_values"]).logits
     torch.testing.assert_close(teacher.answer(batch["pixel_values"])["teacher_logits"], expected)
-    torch.manual_seed(1)
-    folder = timm_folder(tmp_path / "timm")
-    torch.manual_seed(1)
-    expected = resnet().eval()(batch["pixel_values"])
-    teacher = Teacher(folder, model, with_features=True)
+    network = resnet()
+    save_for_hf(network, tmp_path / "timm")
+    expected = network.eval()(batch["pixel_values"])
+    teacher = Teacher(str(tmp_path / "timm"), model, with_features=True)
     torch.testing.assert_close(teacher.answer(batch["pixel_values"])["teacher_logits"], expected)
-    assert teacher.num_features == 256
+    assert teacher.num_features == 96
 
 
-def test_timms_wrapper_is_unwrapped(build, tmp_path):
-    network = TimmWrapperForImageClassification.from_pretrained(timm_folder(tmp_path))
+def test_timms_wrapper_is_unwrapped(build):
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=5)
+    network = TimmWrapperForImageClassification(config)
     teacher = Teacher(network, build(), with_features=True)
-    assert teacher.network is network.timm_model and teacher.num_features == 256
+    assert teacher.network is network.timm_model and teacher.num_features == 96
 
 
 def test_a_timm_name_brings_its_weights(build, monkeypatch):
@@ -166,9 +163,7 @@ def test_errors_say_what_to_do(build):
         teacher(images, MultiExitOutput(logits=maps))
 
 
-@pytest.mark.parametrize(
-    "create", [distilled, lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**TINY_VIT))]
-)
+@pytest.mark.parametrize("create", [distilled, lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**TINY_VIT))])
 def test_two_classifiers_have_logits_but_no_one_feature(build, batch, create):
     network = create()
     answer = Teacher(network, build()).answer(batch["pixel_values"])
