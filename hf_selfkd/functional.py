@@ -113,3 +113,88 @@ def add(terms: Iterable[Tensor]) -> Tensor:
     """Sum scalars into one; none of them gives a 0 tensor, so that a term is always a tensor."""
     terms = list(terms)
     return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def hash_projection(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Project features onto the normals of hash planes: ``W f + b`` (LSH, Wang et al. 2021).
+
+    In float32 also under autocast, where a bit would otherwise hang on the rounding.
+
+    Args:
+        features: ``(batch, width)``, not normalised.
+        weight: ``(hashes, width)``, one normal a row.
+        bias: ``(hashes,)``.
+
+    Returns:
+        ``(batch, hashes)``; above 0 on the side of the plane where the bit is 1.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return F.linear(features.float(), weight.float(), bias.float())
+
+
+def hash_loss(student_projection: Tensor, teacher_projection: Tensor) -> Tensor:
+    """Binary cross-entropy of the student's projections against the teacher's bits, a mean over hashes per sample.
+
+    A bit is 1 where the teacher's projection is above 0. The teacher is detached.
+
+    Args:
+        student_projection: ``(batch, hashes)``, from :func:`hash_projection`.
+        teacher_projection: ``(batch, hashes)``.
+
+    Returns:
+        ``(batch,)``.
+    """
+    bits = (teacher_projection.detach() > 0).float()
+    return F.binary_cross_entropy_with_logits(student_projection.float(), bits, reduction="none").mean(dim=1)
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of vectors ``(batch, width)``, a mean over the width per sample, the teacher detached."""
+    return F.mse_loss(student.float(), teacher.detach().float(), reduction="none").mean(dim=1)
+
+
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Tell for which images the largest logit is that of the label.
+
+    Args:
+        logits: ``(batch, classes)``.
+        labels: Class indices ``(batch,)``, or probabilities ``(batch, classes)``, of which the largest counts. Where
+            there is no label (-100, or all probabilities 0) no answer is right.
+
+    Returns:
+        ``(batch,)``, booleans.
+    """
+    answers = logits.argmax(dim=1)
+    if not labels.is_floating_point():
+        return answers == labels
+    probabilities = labels.gather(1, answers.unsqueeze(1)).squeeze(1)
+    return (probabilities == labels.amax(dim=1)) & (probabilities > 0)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of ``values`` ``(batch,)`` where ``mask`` ``(batch,)`` is true; 0 if nowhere, of all if it is ``None``."""
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def median_bias(features: Tensor, weight: Tensor, max_elements: int = 2**26) -> Tensor:
+    """Biases that put each hash plane through the middle of the features: minus the median of ``W f``.
+
+    Of an even number of features the lower median, as the authors' code has it.
+
+    Args:
+        features: ``(samples, width)``.
+        weight: ``(hashes, width)``.
+        max_elements: Largest number of projections held at once; hashes are worked off in chunks.
+
+    Returns:
+        ``(hashes,)``, in float32.
+    """
+    features = features.float()
+    middle = (len(features) - 1) // 2
+    chunk_size = max(1, max_elements // len(features))
+    with torch.autocast(features.device.type, enabled=False):
+        # Sorting, because torch.median has no deterministic kernel on an accelerator.
+        medians = [(chunk @ features.T).sort(dim=1).values[:, middle] for chunk in weight.float().split(chunk_size)]
+    return -torch.cat(medians)

@@ -313,6 +313,17 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+class _Batches:
+    """Batches of a data loader, on the trainer's device; each loop over them starts anew."""
+
+    def __init__(self, trainer: SelfDistillationTrainer, dataloader):
+        self.trainer = trainer
+        self.dataloader = dataloader
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self.trainer._prepare_inputs(batch) for batch in self.dataloader)
+
+
 class _Preparation(TrainerCallback):
     """Tells the data which epoch it is, and prepares the scaffold of a fresh run."""
 
@@ -324,8 +335,7 @@ class _Preparation(TrainerCallback):
             model = self.trainer.model
             model.eval()
             with torch.no_grad():
-                batches = (self.trainer._prepare_inputs(batch) for batch in kwargs["train_dataloader"])
-                self.trainer.method.prepare(model, batches)
+                self.trainer.method.prepare(model, _Batches(self.trainer, kwargs["train_dataloader"]))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if hasattr(self.trainer, "_seeded_dataset"):

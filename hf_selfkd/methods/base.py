@@ -17,13 +17,14 @@ class Method:
     """A way for a network to teach itself. Subclass it in a file of :mod:`hf_selfkd.methods`, or in your own code.
 
     A subclass is a frozen, keyword-only dataclass: its fields are its hyper-parameters, their defaults the paper's. It
-    is registered under ``name`` as soon as it is defined.
+    is registered under ``name`` as soon as it is defined, unless with ``class ...(Method, registered=False)``.
 
     Attributes:
         name: What ``get_method`` and the command line call it.
         paper: Where it is defined, a URL.
         detach_exits: Whether auxiliary exits read detached maps, because the paper knows no exits: the backbone then
-            learns as without them. The trainer adds their label loss as the term ``exits``.
+            learns as without them. The trainer adds their label loss as the term ``exits``. A property where it
+            depends on a hyper-parameter.
         min_exits: Exits the method needs, the deepest included.
     """
 
@@ -32,8 +33,10 @@ class Method:
     detach_exits: ClassVar[bool] = False
     min_exits: ClassVar[int] = 1
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, *, registered: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
+        if not registered:
+            return
         taken_by = _METHODS.get(cls.name, cls)
         # The same class may come again: its module was reloaded, or its notebook cell run anew.
         if (taken_by.__module__, taken_by.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -61,8 +64,8 @@ class Method:
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
         """Set up the scaffold from the training data, once before the first step of a fresh run.
 
-        Called in eval mode and without gradient; ``batches`` are this process's training batches. The result must be
-        equal on all processes.
+        Called in eval mode and without gradient; ``batches`` are this process's training batches and may be gone
+        through more than once. The result must be equal on all processes.
         """
 
     def check(self, model: nn.Module) -> None:
@@ -87,8 +90,9 @@ def get_method(name: str, **hyper_parameters) -> Method:
     """Create a method by its name.
 
     Args:
-        name: One of :func:`list_methods`.
-        hyper_parameters: Fields of the method; what is left out keeps the paper's value.
+        name: One of :func:`list_methods`, or several joined as in ``"eed+lsh"``.
+        hyper_parameters: Fields of the method; what is left out keeps the paper's value. Of several methods, a
+            dictionary for each: ``get_method("eed+lsh", lsh={"mimic_weight": 5.0})``.
 
     Raises:
         ValueError: If there is no such method or hyper-parameter, or a value is out of range.
@@ -97,17 +101,25 @@ def get_method(name: str, **hyper_parameters) -> Method:
         >>> get_method("byot", alpha=0.5)
         BYOT(alpha=0.5, temperature=3.0, hint_weight=0.03)
     """
+    if "+" in name:
+        from .combination import combine  # here because a combination is a method itself
+
+        return combine(name.split("+"), hyper_parameters)
     if name not in _METHODS:
         raise ValueError(f"Unknown method '{name}'.{_near(name, _METHODS)} Available: {', '.join(list_methods())}.")
     method = _METHODS[name]
-    known = [field.name for field in fields(method)]
-    for key in hyper_parameters:
-        if key not in known:
+    check_hyper_parameters(method.__name__, hyper_parameters, [field.name for field in fields(method)])
+    return method(**hyper_parameters)
+
+
+def check_hyper_parameters(owner: str, given: Iterable[str], known: list[str]) -> None:
+    """Raise ValueError if ``owner`` has no hyper-parameter of a name that was given."""
+    for name in given:
+        if name not in known:
             raise ValueError(
-                f"{method.__name__} has no hyper-parameter '{key}'.{_near(key, known)} "
+                f"{owner} has no hyper-parameter '{name}'.{_near(name, known)} "
                 f"Available: {', '.join(known) or 'none'}."
             )
-    return method(**hyper_parameters)
 
 
 def _near(word: str, words: Iterable[str]) -> str:

@@ -1,0 +1,58 @@
+"""Knowledge distillation: a frozen teacher's soft labels, for every exit."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..functional import add, cross_entropy, soften_kl
+from ..outputs import MultiExitOutput
+from .base import Method, check_range
+from .teacher import Teacher, missing_scaffold
+
+
+@dataclass(frozen=True, kw_only=True)
+class KD(Method):
+    """Distilling the Knowledge in a Neural Network (Hinton et al. 2015): https://arxiv.org/abs/1503.02531.
+
+    Args:
+        teacher: A timm model, multi-exit model or transformers image classifier, or the name of one: a folder, a Hub
+            repository, or a timm name, whose weights are fetched. It is frozen, sees the same images as the student,
+            and is not saved with it.
+        alpha: Share of each exit's loss that comes from the teacher, in [0, 1]. The paper says only that labels should
+            weigh considerably less; 0.9 is what comparisons on CIFAR have used since.
+        temperature: Softens both sets of logits, above 0; its square multiplies the divergence. The paper tries 1 to
+            20; 4 is what goes with that ``alpha``.
+    """
+
+    name: ClassVar[str] = "kd"
+    paper: ClassVar[str] = "https://arxiv.org/abs/1503.02531"
+
+    teacher: nn.Module | str | None = field(default=None, repr=False)
+    alpha: float = 0.9
+    temperature: float = 4.0
+
+    def __post_init__(self):
+        check_range(self, "alpha", 0, 1)
+        check_range(self, "temperature", 0, strict=True)
+
+    def scaffold(self, model: nn.Module) -> Teacher:
+        """Return the teacher."""
+        if self.teacher is None:
+            raise ValueError(
+                "KD needs a teacher, but got teacher=None. Give a timm model, a multi-exit model, a transformers "
+                "image classifier, or the name of one: get_method('kd', teacher='resnet50.a1_in1k')."
+            )
+        return Teacher(self.teacher, model).to(model.device)
+
+    def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
+        """Return ``label`` and ``logit``, the two objectives of section 2, each added up over all exits.
+
+        ``output.scaffold`` must hold ``teacher_logits`` ``(batch, classes)``.
+        """
+        if output.scaffold is None:
+            raise missing_scaffold(self, "its teacher's answer")
+        teacher_logits = output.scaffold["teacher_logits"]
+        label = (1 - self.alpha) * add(cross_entropy(logits, labels) for logits in output.exit_logits)
+        logit = self.alpha * add(soften_kl(logits, teacher_logits, self.temperature) for logits in output.exit_logits)
+        return {"label": label, "logit": logit}
