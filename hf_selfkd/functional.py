@@ -202,12 +202,13 @@ def median_bias(features: Tensor, weight: Tensor, max_elements: int = 2**26) -> 
     return -torch.cat(medians)
 
 
-def sigmoid_ramp(epoch: float, length: float) -> float:
-    """Weight that grows from 0.0067 to 1 over ``length`` epochs: ``exp(-5 (1 - min(e, length) / length)^2)``.
+def sigmoid_ramp(progress: float) -> float:
+    """Rise from ``exp(-5)`` to 1 as ``exp(-5 (1 - progress)^2)``, 1 from there on (Laine & Aila, ICLR 2017).
 
-    ``e`` is the epoch rounded down, as published schedules change once an epoch (Laine & Aila, ICLR 2017, section 3).
+    Args:
+        progress: Share of the ramp that is behind, at least 0.
     """
-    return math.exp(-5 * (1 - min(math.floor(epoch), length) / length) ** 2)
+    return math.exp(-5 * (1 - min(progress, 1)) ** 2)
 
 
 def mix(logits: Sequence[Tensor], gates: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ class _Placeholder(nn.Module):
         if isinstance(shapes, torch.Size):
             rows = shapes[0] * like.shape[0] // self._rows
             return like.new_zeros(()).expand(rows, *shapes[1:])
-        return type(shapes)(self._zeros(item, like) for item in shapes) if isinstance(shapes, (list, tuple)) else shapes
+        return (
+            type(shapes)(self._zeros(item, like) for item in shapes) if isinstance(shapes, (list, tuple)) else shapes
+        )
 
 
 def copy_tail(
@@ -110,7 +112,9 @@ def copy_tail(
             one output.
     """
     if not 0 <= stage < len(anatomy.stages):
-        raise ValueError(f"The backbone has stages 0 to {len(anatomy.stages) - 1}, but copy_tail was asked for {stage}.")
+        raise ValueError(
+            f"The backbone has stages 0 to {len(anatomy.stages) - 1}, but copy_tail was asked for {stage}."
+        )
     refused = (
         f"What lies behind stage {stage} of this {type(backbone).__name__} cannot be copied: the network is no chain "
         "there. Choose another stage or another backbone."

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -58,12 +59,14 @@ class Students(nn.Module):
         others = [tail.classifiers for tail in tails]
         # A tuple, because the model's own classifier belongs to the model and not to this module's state.
         self._classifiers = (
-            (model.classifiers, *others) if tails else (*([head.classifier] for head in model.exits), model.classifiers)
+            (model.classifiers, *others)
+            if tails
+            else (*([head.classifier] for head in model.exits), model.classifiers)
         )
         self.fusion = FeatureFusion(model.config.exit_width or model.anatomy.width, len(self._classifiers))
 
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor | tuple[Tensor, ...]]:
-        """Return ``student_logits``, the fused ``ensemble_logits`` ``(batch, classes)`` and the ``overlap``, a scalar."""
+        """Return ``student_logits``, the fused ``ensemble_logits``, each ``(batch, classes)``, and the ``overlap``."""
         answers = list(zip(output.exit_logits, output.exit_features, strict=True))
         if self.branches:
             answers = answers[-1:] + [branch(output.stage_outputs[branch.stage]) for branch in self.branches]
@@ -188,7 +191,7 @@ class OKDMDE(Method):
         check_range(self, "overlap_weight", 0)
 
     def scaffold(self, model: nn.Module) -> Students:
-        """Copy the last stage, each copy initialised on its own: from equal weights branches would stay equal for ever.
+        """Copy the last stage, each copy initialised on its own: equal branches would stay equal for ever.
 
         Raises:
             ValueError: If the last stage cannot be copied and there are no exits to take its place.
@@ -218,7 +221,7 @@ class OKDMDE(Method):
                 "or set model.scaffold = method.scaffold(model)."
             )
         students, ensemble = output.scaffold["student_logits"], output.scaffold["ensemble_logits"]
-        ramp = sigmoid_ramp(epoch, self.ramp_epochs)
+        ramp = sigmoid_ramp(math.floor(epoch) / self.ramp_epochs)  # published schedules change once an epoch
         return {
             "label": add(cross_entropy(logits, labels) for logits in students),
             "ensemble": cross_entropy(ensemble, labels),
