@@ -229,7 +229,8 @@ def gram_overlap(weights: Sequence[Tensor]) -> Tensor:
 
     0 where the columns of all classifiers are orthogonal. Smaller weights make it smaller too.
     """
-    return add(torch.linalg.matrix_norm(a.float().T @ b.float()) for a, b in combinations(weights, 2))
+    with torch.autocast(weights[0].device.type, enabled=False):  # else the product would not be in float32
+        return add(torch.linalg.matrix_norm(a.float().T @ b.float()) for a, b in combinations(weights, 2))
 
 
 def cosine_overlap(weights: Sequence[Tensor]) -> Tensor:
