@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..functional import add, cosine_overlap, cross_entropy, disagreement, gram_overlap, mix, sigmoid_ramp, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
+from .teacher import missing_scaffold
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class Students(nn.Module):
 
     Args:
         model: The multi-exit model that reads it.
-        tails: Copies of what lies behind the branching point, from ``model.copy_tail``. Student 0 is the model's own.
-            None: the exits are the students, shallow to deep.
+        tails: Copies of what lies behind the branching point, from ``model.copy_tail``. Student 0 is the model's own
+            last stage. Empty: the others are the exits, shallow to deep.
         overlap: Name of the measure of overlap between classifiers, see :class:`OKDMDE`.
     """
 
@@ -56,27 +57,24 @@ class Students(nn.Module):
         super().__init__()
         self.branches = nn.ModuleList(tails)
         self.overlap = overlap
-        others = [tail.classifiers for tail in tails]
+        others = [tail.classifiers for tail in tails] or [[head.classifier] for head in model.exits]
         # A tuple, because the model's own classifier belongs to the model and not to this module's state.
-        self._classifiers = (
-            (model.classifiers, *others)
-            if tails
-            else (*([head.classifier] for head in model.exits), model.classifiers)
-        )
+        self._classifiers = (model.classifiers, *others)
         self.fusion = FeatureFusion(model.config.exit_width or model.anatomy.width, len(self._classifiers))
 
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """Return ``student_logits``, the fused ``ensemble_logits``, each ``(batch, classes)``, and the ``overlap``."""
-        answers = list(zip(output.exit_logits, output.exit_features, strict=True))
-        if self.branches:
-            answers = answers[-1:] + [branch(output.stage_outputs[branch.stage]) for branch in self.branches]
-        logits, features = zip(*answers, strict=True)
+        logits, ensemble_logits = self.answer(output)
         weights = [_weight(classifiers) for classifiers in self._classifiers]
-        return {
-            "student_logits": logits,
-            "ensemble_logits": mix(logits, self.fusion(features)),
-            "overlap": OVERLAPS[self.overlap](weights),
-        }
+        overlap = OVERLAPS[self.overlap](weights)
+        return {"student_logits": logits, "ensemble_logits": ensemble_logits, "overlap": overlap}
+
+    def answer(self, output: MultiExitOutput) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the logits of every student and the fused ones, each ``(batch, classes)``."""
+        *exits, own = zip(output.exit_logits, output.exit_features, strict=True)
+        answers = [own, *([branch(output.stage_outputs[branch.stage]) for branch in self.branches] or exits)]
+        logits, features = zip(*answers, strict=True)
+        return logits, mix(logits, self.fusion(features))
 
     def to_model(self, model: nn.Module, student: int) -> nn.Module:
         """Return a copy of the model in which this student's branch is the last stage: a plain model, ready to save.
@@ -137,8 +135,7 @@ class Ensemble(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map ``(batch, channels, height, width)`` to logits ``(batch, classes)``."""
-        output = self.model(pixel_values, output_hidden_states=True)
-        return self.students(pixel_values, output)["ensemble_logits"]
+        return self.students.answer(self.model(pixel_values, output_hidden_states=True))[1]
 
 
 def _weight(classifiers: Sequence[nn.Module]) -> Tensor:
@@ -207,23 +204,22 @@ class OKDMDE(Method):
         return Students(model, tails, self.overlap)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label``, ``ensemble``, ``logit`` and ``overlap``.
+        """Return ``label``, ``students``, ``ensemble``, ``logit`` and ``overlap``.
 
-        ``ensemble`` is the label loss of the fused logits: they are detached as a target, so that nothing else
-        teaches the fusion. The family does not detach them, and re-implementations disagree on the label loss.
+        The first two are the label losses of the network's own last stage and of the other students. ``ensemble`` is
+        the label loss of the fused logits: they are detached as a target, so that nothing else teaches the fusion.
+        The family does not detach them, and re-implementations disagree on the label loss.
 
         Raises:
             ValueError: If ``output`` comes from a model without students.
         """
         if output.scaffold is None:
-            raise ValueError(
-                "OKDMDE was called without its students. Train with SelfDistillationTrainer, "
-                "or set model.scaffold = method.scaffold(model)."
-            )
+            raise missing_scaffold(self, "its students")
         students, ensemble = output.scaffold["student_logits"], output.scaffold["ensemble_logits"]
         ramp = sigmoid_ramp(math.floor(epoch) / self.ramp_epochs)  # published schedules change once an epoch
         return {
-            "label": add(cross_entropy(logits, labels) for logits in students),
+            "label": cross_entropy(students[0], labels),
+            "students": add(cross_entropy(logits, labels) for logits in students[1:]),
             "ensemble": cross_entropy(ensemble, labels),
             "logit": ramp * add(soften_kl(logits, ensemble, self.temperature) for logits in students),
             "overlap": self.overlap_weight * output.scaffold["overlap"],

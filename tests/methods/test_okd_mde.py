@@ -108,7 +108,7 @@ def test_one_total_is_this_method_without_diversification(vector):
     close(ensemble, expected["ensemble_logits"])
     # Half the distillation: the epoch at which the ramp is 0.5.
     terms = get_method("okd_mde")(with_students(students, ensemble), labels, epoch=1000)
-    close(terms["label"] + terms["ensemble"] + 0.5 * terms["logit"], expected["total"])
+    close(add(terms.values()) - 0.5 * terms["logit"], expected["total"])
 
 
 def test_one_gate(vector):
@@ -348,7 +348,8 @@ def test_exits_are_the_students_where_the_last_stage_cannot_be_copied(no_chain, 
         method, model = trained()
     assert "OKDMDE takes the 4 exits as students instead." in caplog.text
     output = model(batch["pixel_values"])
-    assert output.scaffold["student_logits"] == output.exit_logits
+    *exit_logits, own_logits = output.exit_logits
+    assert output.scaffold["student_logits"] == (own_logits, *exit_logits)
     weights = [head.classifier.weight for head in model.exits] + [model.backbone.fc.weight]
     close(output.scaffold["overlap"].detach(), gram_overlap(weights).detach())
     add(method(output, batch["labels"], 0.0).values()).backward()
@@ -373,8 +374,14 @@ def test_training_logs_the_disagreement_beside_the_terms(build, train):
     log = train(build(), "okd_mde", max_steps=1).state.log_history[0]
     terms = [value for name, value in log.items() if name.startswith("loss/")]
     assert sum(terms) == pytest.approx(log["loss"], abs=1e-4)
-    assert {"loss/label", "loss/ensemble", "loss/logit", "loss/overlap", "loss/exits"} <= log.keys()
+    assert {"loss/label", "loss/students", "loss/ensemble", "loss/logit", "loss/overlap", "loss/exits"} <= log.keys()
     assert 0 < log["disagreement"] < 2**0.5
+
+
+def test_in_a_combination_every_student_still_learns_from_the_labels(build, train):
+    log = train(build(), "eed+okd_mde", max_steps=1).state.log_history[0]
+    assert log["loss/okd_mde/students"] > 1 and "loss/okd_mde/label" not in log
+    assert log["okd_mde/disagreement"] > 0
 
 
 def test_students_are_resumed(build, train, tmp_path):
