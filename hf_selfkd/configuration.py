@@ -47,7 +47,7 @@ class MultiExitConfig(PreTrainedConfig):
     """
 
     model_type = "multi_exit"
-    keys_to_ignore_at_inference = ["exit_features", "exit_maps", "scaffold"]
+    keys_to_ignore_at_inference = ["exit_features", "exit_maps", "stage_outputs", "scaffold"]
 
     backbone: str = "resnet18"
     backbone_kwargs: dict[str, Any] | None = None

@@ -4,7 +4,9 @@ Everything that exponentiates or divides runs in float32, also under autocast. L
 nothing depends on batch size, gradient accumulation or number of processes.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -198,3 +200,48 @@ def median_bias(features: Tensor, weight: Tensor, max_elements: int = 2**26) -> 
         # Sorting, because torch.median has no deterministic kernel on an accelerator.
         medians = [(chunk @ features.T).sort(dim=1).values[:, middle] for chunk in weight.float().split(chunk_size)]
     return -torch.cat(medians)
+
+
+def sigmoid_ramp(progress: float) -> float:
+    """Rise from ``exp(-5)`` to 1 as ``exp(-5 (1 - progress)^2)``, 1 from there on (Laine & Aila, ICLR 2017).
+
+    Args:
+        progress: Share of the ramp that is behind, at least 0.
+    """
+    return math.exp(-5 * (1 - min(progress, 1)) ** 2)
+
+
+def mix(logits: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """Weigh the logits of several students by a gate per sample.
+
+    Args:
+        logits: One tensor ``(batch, classes)`` per student.
+        gates: ``(batch, students)``.
+
+    Returns:
+        ``(batch, classes)``, in float32.
+    """
+    return (torch.stack(list(logits), dim=1).float() * gates.float().unsqueeze(-1)).sum(dim=1)
+
+
+def gram_overlap(weights: Sequence[Tensor]) -> Tensor:
+    """Sum over pairs of classifiers of the Frobenius norm of ``W_j^T W_k``, each ``W`` shaped ``(classes, width)``.
+
+    0 where the columns of all classifiers are orthogonal. Smaller weights make it smaller too.
+    """
+    with torch.autocast(weights[0].device.type, enabled=False):  # else the product would not be in float32
+        return add(torch.linalg.matrix_norm(a.float().T @ b.float()) for a, b in combinations(weights, 2))
+
+
+def cosine_overlap(weights: Sequence[Tensor]) -> Tensor:
+    """Mean over pairs of classifiers and over classes of the absolute cosine between the two rows of a class."""
+    rows = [F.normalize(weight.float(), dim=1) for weight in weights]
+    pairs = [(a * b).sum(dim=1).abs().mean() for a, b in combinations(rows, 2)]
+    return add(pairs) / max(1, len(pairs))
+
+
+def disagreement(logits: Sequence[Tensor]) -> Tensor:
+    """Mean over pairs and samples of the Euclidean distance between softmax outputs, from 0 to the root of 2."""
+    answers = [tensor.float().softmax(dim=1) for tensor in logits]
+    pairs = [torch.linalg.vector_norm(a - b, dim=1).mean() for a, b in combinations(answers, 2)]
+    return add(pairs) / max(1, len(pairs))

@@ -1,6 +1,7 @@
 """Multi-exit models: a timm backbone, exits at its stages, one answer per exit."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from transformers import PreTrainedModel
 from .backbone import (
     FEATURES,
     Stage,
+    _classifiers,
     attach_hooks,
     default_exits,
+    input_shape,
     join_features,
     measure,
     run,
@@ -21,6 +24,7 @@ from .creation import create_backbone
 from .exits import ConvExit, TokenExit
 from .functional import cross_entropy
 from .outputs import MultiExitOutput
+from .tail import Tail, copy_tail
 
 
 class _Collector:
@@ -239,10 +243,11 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         exit_logits, exit_features = zip(*answers, strict=True)
         if not self.training and self.config.ensemble:
             logits = torch.stack(exit_logits).mean(dim=0)
-        exit_maps = None
+        exit_maps = stage_outputs = None
         if self.training or output_hidden_states:
+            stage_outputs = tuple(seen.outputs[stage] for stage in range(len(self.anatomy.stages)))
             exit_maps = tuple(
-                self._stage_map(stage, seen.outputs[stage], image_size) for stage in range(len(self.anatomy.stages))
+                self._stage_map(stage, stage_output, image_size) for stage, stage_output in enumerate(stage_outputs)
             )
         output = MultiExitOutput(
             loss=None if labels is None else cross_entropy(logits, labels),
@@ -250,10 +255,38 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             exit_logits=exit_logits,
             exit_features=exit_features,
             exit_maps=exit_maps,
+            stage_outputs=stage_outputs,
         )
         if self.training and self.scaffold is not None:
             output.scaffold = self.scaffold(pixel_values, output)
         return output if return_dict is not False else output.to_tuple()
+
+    @property
+    def classifiers(self) -> list[nn.Module]:
+        """What turns features into the deepest exit's logits: one linear module, or several that are averaged."""
+        return _classifiers(self.backbone)
+
+    def copy_tail(self, stage: int | None = None) -> Tail:
+        """Copy everything behind a stage, freshly initialised: a branch that reads this model's trunk.
+
+        The copy maps ``output.stage_outputs[stage]`` to logits ``(batch, classes)`` and features ``(batch, width)``.
+        It shares nothing with the model, and its state has the names of ``model.backbone``.
+
+        Args:
+            stage: Index of the stage; ``None`` is that of the deepest default exit: the last of the resolution before
+                the final one, or after three quarters of an isotropic network.
+
+        Raises:
+            ValueError: If there is no such stage or the network is no chain there.
+        """
+        stages = self.anatomy.stages
+        if stage is None:
+            *_, stage = default_exits(stages) or [len(stages)]
+        channels, *image_size = input_shape(self.backbone)
+        if self.config.small_input_stem:
+            image_size = (32, 32)
+        create = partial(self._create_backbone, self.backbone.num_classes)
+        return copy_tail(self.backbone, self.anatomy, stage, create, (channels, *image_size))
 
     def _stage_map(self, index: int, output: Any, image_size: tuple[int, int]) -> Tensor:
         return output if not self.anatomy.hooked else self.anatomy.stages[index].to_map(output, image_size)

@@ -19,6 +19,8 @@ class MultiExitOutput(ModelOutput):
         exit_features: Pooled vectors that enter each exit's classifier, each ``(batch, exit_width)``.
         exit_maps: Maps of all stages, each ``(batch, channels, height, width)``; in training, or with
             ``output_hidden_states=True``.
+        stage_outputs: What the stages handed on, in the backbone's own layout and with prefix tokens, from which
+            ``exit_maps`` are views; when these are given.
         scaffold: What ``model.scaffold`` returned, in training only.
     """
 
@@ -27,6 +29,7 @@ class MultiExitOutput(ModelOutput):
     exit_logits: tuple[Tensor, ...] | None = None
     exit_features: tuple[Tensor, ...] | None = None
     exit_maps: tuple[Tensor, ...] | None = None
+    stage_outputs: tuple | None = None
     scaffold: dict | None = None
 
     @property

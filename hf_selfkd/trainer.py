@@ -103,8 +103,8 @@ class SelfDistillationTrainer(Trainer):
             )
         self.method.check(model)
         torch.manual_seed(seed)  # the scaffold starts equal on all processes
-        model.scaffold = self.method.scaffold(model)
         model.detach_exits = self.method.detach_exits
+        model.scaffold = self.method.scaffold(model)
 
     def call_model_init(self, trial=None) -> nn.Module:
         """Build the model with ``model_init``, for each trial of a search, and give it the method's scaffold."""
@@ -127,14 +127,14 @@ class SelfDistillationTrainer(Trainer):
             labels = smooth_labels(labels, self.model.config.num_labels, self.args.label_smoothing_factor)
         output = model(images)
         terms = self.loss_terms(output, labels)
-        self._track(terms)
+        self._track({f"loss/{name}": term for name, term in terms.items()} | self.method.metrics(output))
         loss = add(terms.values())
         return (loss, output) if return_outputs else loss
 
     def loss_terms(self, output: MultiExitOutput, labels: Tensor) -> dict[str, Tensor]:
         """Return the method's terms, and ``exits`` for exits that learn from detached maps."""
         terms = self.method(output, labels, self.state.epoch or 0.0)
-        if self.method.detach_exits and len(output.exit_logits) > 1:
+        if self.model.detach_exits and len(output.exit_logits) > 1:
             terms["exits"] = add(cross_entropy(logits, labels) for logits in output.exit_logits[:-1])
         return terms
 
@@ -149,7 +149,7 @@ class SelfDistillationTrainer(Trainer):
         if "loss" in logs and self._term_steps:
             for name, value in self._terms.items():
                 value = self.accelerator.gather(value.to(self.args.device).float()).mean().item()
-                logs[f"loss/{name}"] = value / self._term_steps
+                logs[name] = value / self._term_steps
             self._terms.clear()
             self._term_steps = 0.0
         super().log(logs, start_time)

@@ -61,6 +61,10 @@ class Method:
         """
         return None
 
+    def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:
+        """Return scalars that are worth watching and no part of the loss; the trainer logs their means."""
+        return {}
+
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
         """Set up the scaffold from the training data, once before the first step of a fresh run.
 

@@ -74,6 +74,14 @@ class Combination(Method, registered=False):
                     terms[f"{method.name}/{name}"] = term
         return terms
 
+    def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:
+        """Return what each method watches, each under its method's name."""
+        return {
+            f"{method.name}/{name}": value
+            for method in self.methods
+            for name, value in method.metrics(replace(output, scaffold=_part(output.scaffold, method))).items()
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the joined name, and the hyper-parameters of each method under its name."""
         parts = {method.name: method.to_dict() for method in self.methods}

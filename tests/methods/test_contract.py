@@ -1,0 +1,221 @@
+"""What every method promises, whatever it does: on every kind of backbone, in every way of training."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from transformers import AutoModelForImageClassification
+
+from hf_selfkd import Method, get_method, list_methods, methods
+from hf_selfkd.functional import add, cross_entropy
+
+# Files of the package, and not list_methods(): tests and notebooks define methods of their own.
+FOLDER = Path(methods.__file__).parent
+METHODS = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem in list_methods())
+
+SWIN = {
+    "embed_dim": 16,
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 2, 4, 8),
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+}
+BACKBONES = {
+    "test_resnet": {},
+    "test_vit": {},
+    "test_convnext": {},
+    "test_efficientnet": {},
+    "swin_tiny_patch4_window7_224": {"backbone_kwargs": SWIN},
+}
+
+
+def arguments(name):
+    """Return what a method cannot do without."""
+    torch.manual_seed(1)
+    return {"teacher": timm.create_model("test_resnet", num_classes=5)} if name == "kd" else {}
+
+
+def on_backbones(*fast):
+    """Run a test for every method on every backbone; on those that are not ``fast`` only with the slow ones."""
+    cells = [
+        pytest.param(name, backbone, marks=() if backbone in fast else pytest.mark.slow, id=f"{name}-{backbone}")
+        for name in METHODS
+        for backbone in BACKBONES
+    ]
+    return pytest.mark.parametrize(("name", "backbone"), cells)
+
+
+@pytest.fixture
+def prepared(build, batch):
+    """Return a method and a model that is ready to train with it, as the trainer makes it."""
+
+    def prepared(name, backbone, **config):
+        method, model = get_method(name, **arguments(name)), build(backbone, **(BACKBONES[backbone] | config))
+        method.check(model)
+        model.detach_exits = method.detach_exits
+        torch.manual_seed(0)
+        model.scaffold = method.scaffold(model)
+        with torch.no_grad():
+            method.prepare(model.eval(), [batch])
+        return method, model.train()
+
+    return prepared
+
+
+def loss_terms(method, model, batch, epoch=1.5):
+    """Return the terms as the trainer adds them up."""
+    output = model(batch["pixel_values"])
+    terms = method(output, batch["labels"], epoch)
+    if model.detach_exits:
+        terms["exits"] = add(cross_entropy(logits, batch["labels"]) for logits in output.exit_logits[:-1])
+    return terms
+
+
+def gradients(model, terms):
+    model.zero_grad()
+    add(terms.values()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check_trains(method, model, batch):
+    terms = loss_terms(method, model, batch)
+    assert terms and all(isinstance(name, str) for name in terms)
+    for name, term in terms.items():
+        assert term.shape == () and term.dtype == torch.float32 and term.isfinite(), name
+    grads = gradients(model, terms)
+    assert [name for name, grad in grads.items() if grad is None] == []
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_every_file_of_the_folder_is_a_method_or_serves_methods():
+    for path in FOLDER.glob("[!_]*.py"):
+        assert (path.stem in METHODS) == ('name: ClassVar[str] = "' in path.read_text())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_name_paper_and_hyper_parameters(name):
+    method = get_method(name, **arguments(name))
+    assert method.name == name == type(method).__module__.rpartition(".")[2]
+    assert method.paper.startswith("https://arxiv.org/abs/")
+    assert get_method(**method.to_dict()) == method
+    assert list(method.to_dict())[0] == "name"
+
+
+@on_backbones(*BACKBONES)
+def test_terms_are_finite_and_every_parameter_gets_a_gradient(prepared, batch, name, backbone):
+    check_trains(*prepared(name, backbone), batch)
+
+
+@on_backbones("test_resnet", "test_vit")
+def test_bfloat16(prepared, batch, name, backbone):
+    method, model = prepared(name, backbone)
+    exact = {key: term.detach() for key, term in loss_terms(method, model, batch).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        check_trains(method, model, batch)
+        rounded = loss_terms(method, model, batch)
+    total = add(exact.values())
+    assert (add(rounded.values()) - total).abs() < 0.05 * total
+
+
+@on_backbones("test_convnext", "test_vit")
+def test_a_batch_of_one(prepared, batch, name, backbone):
+    method, model = prepared(name, backbone)
+    one = {key: tensor[:1] for key, tensor in batch.items()}
+    if "img_size" not in model.config.backbone_kwargs:
+        one["pixel_values"] = F.interpolate(one["pixel_values"], scale_factor=4)  # batch norm needs two pixels a map
+    check_trains(method, model, one)
+
+
+@on_backbones("test_resnet", "test_vit")
+def test_gradient_checkpointing_changes_nothing(prepared, batch, name, backbone):
+    method, model = prepared(name, backbone)
+    plain_terms = loss_terms(method, model, batch)
+    plain = gradients(model, plain_terms)
+    plain = {name: grad.clone() for name, grad in plain.items()}
+    model.backbone.set_grad_checkpointing(True)
+    terms = loss_terms(method, model, batch)
+    torch.testing.assert_close(terms, plain_terms, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradients(model, terms), plain, atol=1e-6, rtol=1e-4)
+
+
+def builds_scaffold(name):
+    return type(get_method(name, **arguments(name))).scaffold is not Method.scaffold
+
+
+# Without a scaffold the graph is the same for all methods.
+@pytest.mark.parametrize("name", ["none", "byot", *filter(builds_scaffold, METHODS)])
+def test_one_graph_under_compile(prepared, batch, name):
+    # Two blocks, because tracing takes the time.
+    method, model = prepared(name, "test_vit", backbone_kwargs={"img_size": 32, "patch_size": 8, "depth": 2})
+    expected = loss_terms(method, model, batch)
+    torch._dynamo.reset()
+    forward, model.forward = model.forward, torch.compile(model.forward, backend="eager", fullgraph=True)
+    try:
+        terms = loss_terms(method, model, batch)
+    finally:
+        model.forward = forward
+    torch.testing.assert_close(terms, expected, atol=1e-5, rtol=1e-5)
+    assert None not in gradients(model, terms).values()
+
+
+@pytest.mark.slow
+@on_backbones()
+def test_compiled_gradients_are_the_same(prepared, batch, name, backbone):
+    method, model = prepared(name, backbone)
+    expected = {key: grad.clone() for key, grad in gradients(model, loss_terms(method, model, batch)).items()}
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    torch.testing.assert_close(gradients(model, loss_terms(method, model, batch)), expected, atol=1e-5, rtol=1e-3)
+
+
+@on_backbones("test_resnet")
+def test_labels_may_be_probabilities(prepared, batch, name, backbone):
+    method, model = prepared(name, backbone)
+    output = model(batch["pixel_values"])
+    certain = F.one_hot(batch["labels"], 5).float()
+    indexed, probable = (method(output, labels, 1.5) for labels in (batch["labels"], certain))
+    torch.testing.assert_close(probable, indexed)
+    mixed = method(output, 0.7 * certain + 0.3 * certain.flip(0), 1.5)
+    assert mixed.keys() == indexed.keys() and all(term.isfinite() for term in mixed.values())
+    assert not torch.isclose(add(mixed.values()), add(indexed.values()))
+
+
+@on_backbones("test_resnet", "test_vit")
+def test_seeing_every_image_twice_changes_nothing(prepared, batch, name, backbone):
+    method, model = prepared(name, backbone)
+    doubled = {key: torch.cat([tensor, tensor]) for key, tensor in batch.items()}
+    once, twice = loss_terms(method, model, batch), loss_terms(method, model, doubled)
+    torch.testing.assert_close(twice, once, atol=1e-5, rtol=1e-4)
+
+
+@on_backbones("test_resnet", "test_vit")
+def test_what_only_trains_does_not_ship(prepared, batch, tmp_path, name, backbone):
+    method, model = prepared(name, backbone)
+    model.eval()
+    with torch.no_grad():
+        answer = model(batch["pixel_values"])
+        assert answer.scaffold is None
+        model.save_pretrained(tmp_path)
+        model.scaffold = None
+        for ours, theirs in zip(model(batch["pixel_values"]).exit_logits, answer.exit_logits, strict=True):
+            assert torch.equal(ours, theirs)
+        with safe_open(tmp_path / "model.safetensors", "pt") as file:
+            assert set(file.keys()) == model.state_dict().keys()
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(batch["pixel_values"]).logits, answer.logits, atol=1e-5, rtol=1e-5)
+
+
+@on_backbones("test_resnet")
+def test_one_step_of_the_trainer_logs_terms_that_add_up(build, train, name, backbone):
+    model = build(backbone, **BACKBONES[backbone])
+    ends = [next(model.backbone.parameters()), *(part.weight for part in model.classifiers)]
+    ends += [head.classifier.weight for head in model.exits]
+    before = [weight.detach().clone() for weight in ends]
+    log = train(model, get_method(name, **arguments(name)), max_steps=1).state.log_history[0]
+    terms = {key: value for key, value in log.items() if key.startswith("loss/")}
+    assert terms and sum(terms.values()) == pytest.approx(log["loss"], abs=1e-4)
+    assert not any(torch.equal(weight, old) for weight, old in zip(ends, before, strict=True))
