@@ -160,6 +160,15 @@ def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Ca
         _active.visitor = previous
 
 
+def keep_rows(output: Any, rows: Tensor, batch_size: int) -> Any:
+    """Keep the ``rows`` of every tensor in a stage's raw output; one may hold several rows per image (tnt)."""
+    if isinstance(output, (list, tuple)):
+        return type(output)(keep_rows(item, rows, batch_size) for item in output)
+    if not isinstance(output, Tensor):
+        return output  # the size of the map (mvitv2)
+    return output.unflatten(0, (batch_size, -1))[rows].flatten(0, 1)
+
+
 def join_features(features: list[Tensor]) -> Tensor:
     """Join what enters several classifiers: the mean where the widths agree, else side by side."""
     if len(features) == 1:

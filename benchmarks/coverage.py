@@ -1,0 +1,369 @@
+"""Measure what "any timm backbone" means: all names on the meta device, the smallest of each class with real tensors.
+
+Writes coverage.json and coverage.md. Results are appended to coverage.jsonl name by name, and what is there is not run
+again:
+
+    python benchmarks/coverage.py --output benchmarks/results
+"""
+
+import argparse
+import gc
+import json
+import logging
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_selfkd import MultiExitConfig, MultiExitForImageClassification
+from hf_selfkd.backbone import keep_rows, run
+from hf_selfkd.functional import add, cross_entropy
+
+CLASSES = 10
+MAX_PARAMETERS = 120e6
+# Models that take images of any size run on smaller ones than these.
+MAX_SIDE, SMALL_SIDE = 384, 224
+SIZES = [(32, 32), (64, 96), (160, 160), (448, 448)]
+
+CHECKS = {
+    "logits": "logits are bit-equal to plain timm's",
+    "maps": "maps are bit-equal to `forward_intermediates`",
+    "features": "features of the deepest exit are bit-equal to timm's pre-logits",
+    "trains": "finite loss, a gradient to every parameter that plain timm gives one",
+    "checkpointing": "hooks report every stage under gradient checkpointing too",
+    "sizes": "maps have timm's shapes for other images too: 32, 64x96, 160 and 448 pixels, where timm takes them",
+    "channels": "attaches for images of 1 and of 4 channels",
+    "round_trip": "`save_pretrained` and `from_pretrained`: weights and all buffers bit-equal",
+    "shrinks": "shrinking the batch at each exit gives the rows of the full run",
+}
+
+
+def attach(name: str) -> dict[str, Any]:
+    """Build a multi-exit model on the meta device and run it."""
+    states = _random_states()
+    with torch.device("meta"), torch.no_grad():
+        model = MultiExitForImageClassification(MultiExitConfig(backbone=name, num_labels=CLASSES)).eval()
+        output = model(torch.empty(2, *_image_shape(model)))
+    if any(logits.shape != (2, CLASSES) for logits in output.exit_logits):
+        raise RuntimeError(f"logits are shaped {[tuple(logits.shape) for logits in output.exit_logits]}")
+    return {
+        "class": type(model.backbone).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
+        "hooks": model.anatomy.hooked,
+        "in_order": model.anatomy.in_order,
+        "layouts": sorted({stage.layout for stage in model.anatomy.stages}),
+        "stages": len(model.anatomy.stages),
+        "exits": model.exit_stages,
+        "random_states_kept": states == _random_states(),
+    }
+
+
+def examine(name: str) -> dict[str, Any]:
+    """Check a multi-exit model with real tensors against plain timm with the same weights."""
+    torch.manual_seed(0)
+    model = MultiExitForImageClassification.from_backbone(name, num_labels=CLASSES)
+    plain = timm.create_model(name, num_classes=CLASSES)
+    with torch.no_grad():
+        for parameter in model.parameters():  # some classifiers start at zero: all images would look alike
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    plain.load_state_dict(model.backbone.state_dict())
+    images = torch.randn(3, *_image_shape(model)) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1)
+    results: dict[str, Any] = {
+        "image": list(images.shape[1:]),
+        "parameters": sum(p.numel() for p in plain.parameters()),
+    }
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        output = model(images, output_hidden_states=True)
+        results["logits"] = _same([output.logits], [plain(images)])
+        results["maps"] = _same(output.exit_maps, plain.forward_intermediates(images, intermediates_only=True))
+        features = plain.forward_head(plain.forward_features(images), pre_logits=True)
+        results["features"] = _same([output.exit_features[-1]], [features.flatten(1)])
+        results["shrinks"] = _check(_shrinks, model, images)
+        results["round_trip"] = _check(_round_trip, model)
+        results["sizes"] = _check(_sizes, name, plain)
+        results["channels"] = _check(_channels, name)
+    results["trains"], results["without_gradient_in_timm"] = _trains(model, plain, images)
+    results["checkpointing"] = _check(_checkpointing, model, images)
+    return results
+
+
+def _shrinks(model: MultiExitForImageClassification, images: Tensor) -> str | bool:
+    rows = torch.tensor([0, 2])
+    full = run(model.backbone, model.anatomy, images, lambda index, output: None)
+    if (full[0] - full[2]).abs().max() < 1e-4 * full.abs().max():
+        return "cannot be told: all images get the same logits"
+    for exit_stage in model.exit_stages:
+
+        def visitor(index: int, output: Any, exit_stage: int = exit_stage) -> Any:
+            return keep_rows(output, rows, len(images)) if index == exit_stage else None
+
+        try:
+            few = run(model.backbone, model.anatomy, images, visitor)
+        except RuntimeError as error:
+            return f"stage {exit_stage}: {_first_line(error)}"
+        same = _same([few], [full[rows]], exact=False)
+        if same is not True:
+            return f"stage {exit_stage}: {same}"
+    return True
+
+
+def _sizes(name: str, plain: nn.Module) -> str | bool:
+    sizes = []
+    for size in SIZES:
+        kwargs = {"img_size": size} if plain.pretrained_cfg.get("fixed_input_size") else {}
+        with torch.device("meta"):
+            images = torch.empty(2, 3, *size)
+            try:
+                backbone = timm.create_model(name, num_classes=CLASSES, **kwargs).eval()
+                backbone(images)
+                maps = backbone.forward_intermediates(images, intermediates_only=True)
+            except Exception:  # timm itself does not take this size
+                continue
+            config = MultiExitConfig(backbone=name, num_labels=CLASSES, backbone_kwargs=kwargs)
+            output = MultiExitForImageClassification(config).eval()(images, output_hidden_states=True)
+        if [ours.shape for ours in output.exit_maps] != [theirs.shape for theirs in maps]:
+            return f"{size}: {[tuple(m.shape) for m in output.exit_maps]} instead of {[tuple(m.shape) for m in maps]}"
+        sizes.append(size)
+    return True if sizes else "not applicable: timm takes none of them"
+
+
+def _channels(name: str) -> str | bool:
+    for channels in (1, 4):
+        config = MultiExitConfig(backbone=name, num_labels=CLASSES, backbone_kwargs={"in_chans": channels})
+        with torch.device("meta"):
+            model = MultiExitForImageClassification(config).eval()
+            model(torch.empty(2, channels, *_image_shape(model)[1:]))
+    return True
+
+
+def _round_trip(model: MultiExitForImageClassification) -> str | bool:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = MultiExitForImageClassification.from_pretrained(folder).eval()
+    ours, theirs = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (model, loaded))
+    if ours.keys() != theirs.keys():
+        return f"keys differ: {sorted(ours.keys() ^ theirs.keys())[:3]}"
+    wrong = [key for key, tensor in ours.items() if not torch.equal(tensor, theirs[key])]
+    return True if not wrong else f"{len(wrong)} tensors differ, such as {wrong[0]}"
+
+
+def _trains(model: MultiExitForImageClassification, plain: nn.Module, images: Tensor) -> tuple[str | bool, list[str]]:
+    """Compare which parameters get no gradient in one step, of plain timm and of all exits."""
+    labels = torch.arange(len(images))
+    cross_entropy(plain.train()(images), labels).backward()
+    unused = {
+        name for name, parameter in plain.named_parameters() if parameter.requires_grad and parameter.grad is None
+    }
+    loss = add(cross_entropy(logits, labels) for logits in model.train()(images).exit_logits)
+    if not loss.isfinite():
+        return f"loss is {loss.item()}", sorted(unused)
+    loss.backward()
+    wanting = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None and name.removeprefix("backbone.") not in unused
+    ]
+    infinite = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    if wanting or infinite:
+        return f"no gradient: {wanting[:3]}, not finite: {infinite[:3]}", sorted(unused)
+    return True, sorted(unused)
+
+
+def _checkpointing(model: MultiExitForImageClassification, images: Tensor) -> str | bool:
+    try:
+        model.backbone.set_grad_checkpointing(True)
+    except AssertionError as error:
+        return f"not applicable: timm says {error}"
+    seen = []
+    run(model.backbone.train(), model.anatomy, images, lambda index, output: seen.append(index))
+    silent = sorted(set(range(len(model.anatomy.stages))) - set(seen))
+    return True if not silent else f"stages {silent} are silent"
+
+
+def _same(ours: Iterable[Tensor], theirs: Iterable[Tensor], exact: bool = True) -> str | bool:
+    for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        if mine.shape != other.shape:
+            return f"tensor {index} is shaped {tuple(mine.shape)} instead of {tuple(other.shape)}"
+        if not mine.isfinite().all():
+            return f"tensor {index} is not finite"
+        difference = (mine - other).abs().max().item()
+        # Kernels for another batch size add in another order.
+        if difference > (0 if exact else 1e-4 * other.abs().max().item()):
+            return f"tensor {index} differs by {difference:.1e} of {other.abs().max().item():.1e}"
+    return True
+
+
+def _check(check: Callable[..., str | bool], *args: Any) -> str | bool:
+    try:
+        return check(*args)
+    except Exception as error:  # a check that fails is a result, not the end of the census
+        return _first_line(error)
+
+
+def _image_shape(model: MultiExitForImageClassification) -> tuple[int, int, int]:
+    """Return what the backbone was built for, or less where it takes any size."""
+    cfg = model.backbone.pretrained_cfg
+    channels, height, width = cfg["input_size"]
+    if max(height, width) > MAX_SIDE and not cfg.get("fixed_input_size"):
+        height = width = SMALL_SIDE
+    return channels, height, width
+
+
+def _random_states() -> tuple:
+    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _module(name: str) -> str:
+    return timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def _record(path: Path, part: str, name: str, measured: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    record = {"part": part, "name": name, "module": _module(name)}
+    start = time.perf_counter()
+    try:
+        record |= measured(name)
+    except Exception as error:
+        record["reason"] = _first_line(error)
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    gc.collect()
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(json.dumps(record), flush=True)
+    return record
+
+
+def representatives(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the record of the smallest model of every timm module and class."""
+    smallest: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in sorted((r for r in records if "reason" not in r), key=lambda r: (r["parameters"], r["name"])):
+        smallest.setdefault((record["module"], record["class"]), record)
+    return sorted(smallest.values(), key=lambda r: r["parameters"])
+
+
+def census(path: Path, names: list[str], parts: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Run what ``path`` does not hold yet and return all records, by part."""
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {(record["part"], record["name"]): record for record in done}
+    for name in names if "meta" in parts else []:
+        if ("meta", name) not in found:
+            found["meta", name] = _record(path, "meta", name, attach)
+    meta = [found["meta", name] for name in names if ("meta", name) in found]
+    real = []
+    for record in representatives(meta) if "real" in parts else []:
+        name = record["name"]
+        if record["parameters"] > MAX_PARAMETERS:
+            real.append({"name": name, "module": record["module"], "skipped": f"{record['parameters']:,} parameters"})
+            continue
+        if ("real", name) not in found:
+            found["real", name] = _record(path, "real", name, examine)
+        real.append(found["real", name])
+    return {"meta": meta, "real": real}
+
+
+def summary(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Write the counts, and the reason for every no, as Markdown."""
+    meta, real = records["meta"], [record for record in records["real"] if "skipped" not in record]
+    attached = [record for record in meta if "reason" not in record]
+    slowest = max(attached, key=lambda record: record["seconds"])
+    lines = [
+        "# Coverage of timm",
+        "",
+        f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, transformers "
+        f"{transformers.__version__}, Python on one CPU core. Written by `python benchmarks/coverage.py`.",
+        "",
+        f"## All {len(meta):,} names, on the meta device",
+        "",
+        f"- attached: {len(attached):,} ({len(attached) / len(meta):.1%})",
+        f"- of these by hooks at every stage: {sum(record['hooks'] for record in attached):,}",
+        f"- stages end in their order: {sum(record['in_order'] for record in attached):,}; not in "
+        f"{_modules(record for record in attached if not record['in_order'])}",
+        f"- random states left as they were: {sum(record['random_states_kept'] for record in attached):,}",
+        f"- seconds per name: {sum(r['seconds'] for r in attached) / len(attached):.1f} on average, "
+        f"{slowest['seconds']:.0f} at most ({slowest['name']})",
+        "",
+        *(f"- **no** {record['name']}: {record['reason']}" for record in meta if "reason" in record),
+        "",
+        f"## The smallest model of each of {len(records['real'])} classes, with real tensors",
+        "",
+        f"{len(real)} were run; the others have more than {MAX_PARAMETERS / 1e6:.0f} million parameters: "
+        + (", ".join(record["name"] for record in records["real"] if "skipped" in record) or "none")
+        + ".",
+        "",
+        "| check | yes | no | not applicable |",
+        "| --- | --- | --- | --- |",
+        *(_row(check, text, real) for check, text in CHECKS.items()),
+        "",
+        *(f"- **no** {check}, {name}: {reason}" for check, name, reason in _noes(real)),
+        "",
+        "Parameters that plain timm leaves without a gradient in the same step:",
+        "",
+        *(
+            f"- {record['name']}: {', '.join(record['without_gradient_in_timm'][:4])}"
+            + (
+                f" and {len(record['without_gradient_in_timm']) - 4} more"
+                * (len(record["without_gradient_in_timm"]) > 4)
+            )
+            for record in real
+            if record.get("without_gradient_in_timm")
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _modules(records: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(sorted({record["module"] for record in records})) or "none"
+
+
+def _row(check: str, text: str, real: list[dict[str, Any]]) -> str:
+    answers = [record.get(check, record.get("reason")) for record in real]
+    yes = sum(answer is True for answer in answers)
+    neither = sum(str(answer).startswith("not applicable") for answer in answers)
+    return f"| {text} | {yes} | {len(answers) - yes - neither} | {neither} |"
+
+
+def _noes(real: list[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:
+    for check in CHECKS:
+        for record in real:
+            answer = record.get(check, record.get("reason"))
+            if answer is not True and not str(answer).startswith("not applicable"):
+                yield check, record["name"], answer
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--names", nargs="+", help="timm names instead of all")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--meta-only", action="store_true", help="no real tensors")
+    part.add_argument("--real-only", action="store_true", help="of the names whose sizes coverage.jsonl holds")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    options.output.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()
+    parts = ["real"] * (not options.meta_only) + ["meta"] * (not options.real_only)
+    records = census(options.output / "coverage.jsonl", options.names or timm.list_models(), parts)
+    lines = {part: ",\n".join(json.dumps(record) for record in records[part]) for part in records}
+    text = ",\n".join(f'"{part}": [\n{rows}\n]' for part, rows in lines.items())
+    (options.output / "coverage.json").write_text(f"{{\n{text}\n}}\n")
+    (options.output / "coverage.md").write_text(summary(records))
+    return records
+
+
+if __name__ == "__main__":
+    main()
