@@ -22,6 +22,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from coverage_report import summary
 from torch import Tensor, nn
 
 from hf_selfkd import MultiExitConfig, MultiExitForImageClassification
@@ -30,31 +31,20 @@ from hf_selfkd.functional import add, cross_entropy
 
 CLASSES = 10
 MAX_PARAMETERS = 120e6
-# Models that take images of any size run on smaller ones than these.
-MAX_SIDE, SMALL_SIDE = 384, 224
-SIZES = [(32, 32), (64, 96), (160, 160), (448, 448)]
-
-CHECKS = {
-    "logits": "logits are bit-equal to plain timm's",
-    "maps": "maps are bit-equal to `forward_intermediates`",
-    "features": "features of the deepest exit are bit-equal to timm's pre-logits",
-    "trains": "finite loss, a gradient to every parameter that plain timm gives one",
-    "checkpointing": "hooks report every stage under gradient checkpointing too",
-    "sizes": "maps have timm's shapes for other images too: 32, 64x96, 160 and 448 pixels, where timm takes them",
-    "channels": "attaches for images of 1 and of 4 channels",
-    "round_trip": "`save_pretrained` and `from_pretrained`: weights and all buffers bit-equal",
-    "shrinks": "shrinking the batch at each exit gives the rows of the full run",
-}
+SIZE = (96, 128)  # of the images with real tensors, where the backbone takes it
+SIZES = [(32, 32), (224, 448)]
 
 
 def attach(name: str) -> dict[str, Any]:
-    """Build a multi-exit model on the meta device and run it."""
+    """Build a multi-exit model on the meta device, which runs the backbone there, and run its exits."""
     states = _random_states()
     with torch.device("meta"), torch.no_grad():
         model = MultiExitForImageClassification(MultiExitConfig(backbone=name, num_labels=CLASSES)).eval()
-        output = model(torch.empty(2, *_image_shape(model)))
-    if any(logits.shape != (2, CLASSES) for logits in output.exit_logits):
-        raise RuntimeError(f"logits are shaped {[tuple(logits.shape) for logits in output.exit_logits]}")
+        for head, index in zip(model.exits, model.exit_stages, strict=True):
+            stage = model.anatomy.stages[index]
+            logits, features = head(torch.empty(2, stage.channels, *stage.size))
+            if logits.shape != (2, CLASSES) or features.shape != (2, model.anatomy.width):
+                raise RuntimeError(f"an exit gives {tuple(logits.shape)} and {tuple(features.shape)}")
     return {
         "class": type(model.backbone).__name__,
         "parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
@@ -76,13 +66,11 @@ def examine(name: str) -> dict[str, Any]:
         for parameter in model.parameters():  # some classifiers start at zero: all images would look alike
             parameter.add_(0.02 * torch.randn_like(parameter))
     plain.load_state_dict(model.backbone.state_dict())
-    images = torch.randn(3, *_image_shape(model)) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1)
-    results: dict[str, Any] = {
-        "image": list(images.shape[1:]),
-        "parameters": sum(p.numel() for p in plain.parameters()),
-    }
+    results: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in plain.parameters())}
     model.eval(), plain.eval()
     with torch.no_grad():
+        images = _images(plain)
+        results["image"] = list(images.shape[1:])
         output = model(images, output_hidden_states=True)
         results["logits"] = _same([output.logits], [plain(images)])
         results["maps"] = _same(output.exit_maps, plain.forward_intermediates(images, intermediates_only=True))
@@ -141,8 +129,7 @@ def _channels(name: str) -> str | bool:
     for channels in (1, 4):
         config = MultiExitConfig(backbone=name, num_labels=CLASSES, backbone_kwargs={"in_chans": channels})
         with torch.device("meta"):
-            model = MultiExitForImageClassification(config).eval()
-            model(torch.empty(2, channels, *_image_shape(model)[1:]))
+            MultiExitForImageClassification(config)  # runs the backbone on such images
     return True
 
 
@@ -210,13 +197,15 @@ def _check(check: Callable[..., str | bool], *args: Any) -> str | bool:
         return _first_line(error)
 
 
-def _image_shape(model: MultiExitForImageClassification) -> tuple[int, int, int]:
-    """Return what the backbone was built for, or less where it takes any size."""
-    cfg = model.backbone.pretrained_cfg
-    channels, height, width = cfg["input_size"]
-    if max(height, width) > MAX_SIDE and not cfg.get("fixed_input_size"):
-        height = width = SMALL_SIDE
-    return channels, height, width
+def _images(plain: nn.Module) -> Tensor:
+    """Return three images that differ, of the size the backbone was built for where it takes no other."""
+    contrast = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1)
+    images = contrast * torch.randn(3, 3, *SIZE)
+    try:
+        plain(images)
+    except (AssertionError, RuntimeError, ValueError):
+        images = contrast * torch.randn(3, *plain.pretrained_cfg["input_size"])
+    return images
 
 
 def _random_states() -> tuple:
@@ -274,75 +263,6 @@ def census(path: Path, names: list[str], parts: list[str]) -> dict[str, list[dic
     return {"meta": meta, "real": real}
 
 
-def summary(records: dict[str, list[dict[str, Any]]]) -> str:
-    """Write the counts, and the reason for every no, as Markdown."""
-    meta, real = records["meta"], [record for record in records["real"] if "skipped" not in record]
-    attached = [record for record in meta if "reason" not in record]
-    slowest = max(attached, key=lambda record: record["seconds"])
-    lines = [
-        "# Coverage of timm",
-        "",
-        f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, transformers "
-        f"{transformers.__version__}, Python on one CPU core. Written by `python benchmarks/coverage.py`.",
-        "",
-        f"## All {len(meta):,} names, on the meta device",
-        "",
-        f"- attached: {len(attached):,} ({len(attached) / len(meta):.1%})",
-        f"- of these by hooks at every stage: {sum(record['hooks'] for record in attached):,}",
-        f"- stages end in their order: {sum(record['in_order'] for record in attached):,}; not in "
-        f"{_modules(record for record in attached if not record['in_order'])}",
-        f"- random states left as they were: {sum(record['random_states_kept'] for record in attached):,}",
-        f"- seconds per name: {sum(r['seconds'] for r in attached) / len(attached):.1f} on average, "
-        f"{slowest['seconds']:.0f} at most ({slowest['name']})",
-        "",
-        *(f"- **no** {record['name']}: {record['reason']}" for record in meta if "reason" in record),
-        "",
-        f"## The smallest model of each of {len(records['real'])} classes, with real tensors",
-        "",
-        f"{len(real)} were run; the others have more than {MAX_PARAMETERS / 1e6:.0f} million parameters: "
-        + (", ".join(record["name"] for record in records["real"] if "skipped" in record) or "none")
-        + ".",
-        "",
-        "| check | yes | no | not applicable |",
-        "| --- | --- | --- | --- |",
-        *(_row(check, text, real) for check, text in CHECKS.items()),
-        "",
-        *(f"- **no** {check}, {name}: {reason}" for check, name, reason in _noes(real)),
-        "",
-        "Parameters that plain timm leaves without a gradient in the same step:",
-        "",
-        *(
-            f"- {record['name']}: {', '.join(record['without_gradient_in_timm'][:4])}"
-            + (
-                f" and {len(record['without_gradient_in_timm']) - 4} more"
-                * (len(record["without_gradient_in_timm"]) > 4)
-            )
-            for record in real
-            if record.get("without_gradient_in_timm")
-        ),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _modules(records: Iterable[dict[str, Any]]) -> str:
-    return ", ".join(sorted({record["module"] for record in records})) or "none"
-
-
-def _row(check: str, text: str, real: list[dict[str, Any]]) -> str:
-    answers = [record.get(check, record.get("reason")) for record in real]
-    yes = sum(answer is True for answer in answers)
-    neither = sum(str(answer).startswith("not applicable") for answer in answers)
-    return f"| {text} | {yes} | {len(answers) - yes - neither} | {neither} |"
-
-
-def _noes(real: list[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:
-    for check in CHECKS:
-        for record in real:
-            answer = record.get(check, record.get("reason"))
-            if answer is not True and not str(answer).startswith("not applicable"):
-                yield check, record["name"], answer
-
-
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -358,10 +278,12 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     transformers.utils.logging.disable_progress_bar()
     parts = ["real"] * (not options.meta_only) + ["meta"] * (not options.real_only)
     records = census(options.output / "coverage.jsonl", options.names or timm.list_models(), parts)
+    if not records["meta"]:
+        parser.error("--real-only needs the sizes that a run with --meta-only finds.")
     lines = {part: ",\n".join(json.dumps(record) for record in records[part]) for part in records}
     text = ",\n".join(f'"{part}": [\n{rows}\n]' for part, rows in lines.items())
     (options.output / "coverage.json").write_text(f"{{\n{text}\n}}\n")
-    (options.output / "coverage.md").write_text(summary(records))
+    (options.output / "coverage.md").write_text(summary(records, MAX_PARAMETERS))
     return records
 
 

@@ -1,8 +1,7 @@
 """Stages of a timm model: where they end, what they give, and hooks that listen there.
 
-A forward hook sits where each stage of ``feature_info`` ends. During a call of
-:func:`run` it hands the stage's output to that call's visitor, which may answer with a replacement (early exit answers
-with fewer rows); outside of one it does nothing.
+A forward hook sits where each stage of ``feature_info`` ends. During a call of :func:`run` it hands what the stage
+gives to that call's visitor, which may answer with a replacement (early exit: with fewer rows); else it does nothing.
 """
 
 import threading
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 # Index under which a visitor gets what enters the classifier, the stages being 0, 1, 2, ...
 FEATURES = -1
 
-# Classes whose feature_info names modules that do not exist or do not end the stage: first part of the name -> what
-# ends it.
+# Where feature_info names modules that do not exist or do not end the stage: first part of the name -> what ends it.
 _STAGE_ENDS = {
     "Gemma4VitClassifier": {"blocks": "encoder.blocks"},
     "HighResolutionNet": {"stem": "act1"} | {f"stage{scale + 1}": f"incre_modules.{scale}" for scale in range(4)},
@@ -61,19 +59,28 @@ class Stage:
     element: int | None = None
 
     def to_map(self, output: Any, image_size: tuple[int, int]) -> Tensor:
-        """View a raw output of the stage as a map ``(batch, channels, height, width)``."""
+        """View a raw output of the stage as a map ``(batch, channels, height, width)``.
+
+        Raises:
+            ValueError: If the tokens are no grid that ``image_size`` explains.
+        """
         tensor = output if self.element is None else output[self.element]
         if self.layout == "NCHW":
             return tensor
         if self.layout == "NHWC":
             return tensor.permute(0, 3, 1, 2)
-        # Tokens do not know their grid: it scales with the image.
-        height, width = (
-            -(-side * cells // measured)
-            for side, cells, measured in zip(image_size, self.size, self.image_size, strict=True)
+        tokens = tensor[:, self.num_prefix_tokens :].transpose(1, 2)
+        # Tokens do not know their grid: it scales with the image, rounded up by backbones that pad it, else down.
+        scales = list(zip(image_size, self.size, self.image_size, strict=True))
+        padded = tuple(-(-side * cells // measured) for side, cells, measured in scales)
+        cropped = tuple(side * cells // measured for side, cells, measured in scales)
+        for grid in (padded, cropped):
+            if grid[0] * grid[1] == tokens.shape[2]:
+                return tokens.reshape(*tokens.shape[:2], *grid)
+        raise ValueError(
+            f"A stage gave {tokens.shape[2]} tokens for images of {image_size[0]}x{image_size[1]} pixels, which are "
+            f"no grid of {padded[0]}x{padded[1]}. Use a size that the backbone's patches divide."
         )
-        tokens = tensor[:, self.num_prefix_tokens :]
-        return tokens.transpose(1, 2).reshape(tensor.shape[0], self.channels, height, width)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Anatomy:
 
 
 def _classifiers(backbone: nn.Module) -> list[nn.Module]:
-    """List the modules whose inputs are the pre-logits: one, or several for distilled and multi-branch models."""
+    """List the modules whose inputs are the pre-logits: several for distilled and multi-branch models."""
     classifiers = backbone.get_classifier()
     if isinstance(classifiers, tuple) and isinstance(classifiers[0], nn.ModuleList):
         classifiers = classifiers[0]  # distilled and of several branches: the second list reads what the first reads
@@ -145,7 +152,8 @@ def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Ca
         anatomy: What :func:`measure` found.
         pixel_values: ``(batch, channels, height, width)``.
         visitor: Called with the stage's index and raw output, and with ``FEATURES`` and what enters the classifier,
-            once per classifier. A stage's output is replaced by what it returns, unless that is ``None``.
+            once per classifier. A stage's output is replaced by what it returns, unless that is ``None`` or the
+            anatomy is not ``hooked``.
     """
     previous = getattr(_active, "visitor", None)
     _active.visitor = visitor

@@ -241,6 +241,24 @@ def test_images_of_other_sizes(size):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(maps, expected, strict=True))
 
 
+@pytest.mark.parametrize(("name", "size"), [("twins_svt_small", (75, 97)), ("test_vit", (75, 90))])
+@torch.no_grad()
+def test_grids_of_tokens_round_as_the_backbone_does(name, size):
+    kwargs = {} if name.startswith("twins") else {"dynamic_img_size": True, "dynamic_img_pad": True}
+    backbone, anatomy = build(name, **kwargs)
+    images, seen = torch.randn(1, 3, *size), Visitor()
+    run(backbone, anatomy, images, seen)
+    for index, expected in enumerate(backbone.forward_intermediates(images, intermediates_only=True)):
+        assert torch.equal(anatomy.stages[index].to_map(seen.outputs[index], size), expected)
+
+
+def test_tokens_that_are_no_grid():
+    stage = Stage("", 8, (4, 4), (64, 64), layout="NLC", num_prefix_tokens=1)
+    assert stage.to_map(torch.zeros(2, 1 + 2 * 6, 8), (32, 96)).shape == (2, 8, 2, 6)
+    with pytest.raises(ValueError, match=r"gave 11 tokens for images of 32x96 pixels, which are no grid of 2x6\. Use"):
+        stage.to_map(torch.zeros(2, 12, 8), (32, 96))
+
+
 def stages(*sizes):
     return tuple(Stage("", 8, (size, size), (64, 64)) for size in sizes)
 

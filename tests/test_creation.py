@@ -124,7 +124,7 @@ def test_small_input_stem_needs_a_strided_convolution(name):
         create(name, small_input_stem=True)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "sequencer2d_s"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "samvit_base_patch16_224"])
 def test_exit_width_puts_a_projection_before_the_classifier(name):
     with torch.device("meta"):
         plain, projected = create(name), create(name, exit_width=24)

@@ -1,0 +1,89 @@
+"""Turn what coverage.py measured into a page of Markdown."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+import torch
+import transformers
+
+CHECKS = {
+    "logits": "logits are bit-equal to plain timm's",
+    "maps": "maps are bit-equal to `forward_intermediates`",
+    "features": "features of the deepest exit are bit-equal to timm's pre-logits",
+    "trains": "finite loss, a gradient to every parameter that plain timm gives one",
+    "checkpointing": "hooks report every stage under gradient checkpointing too",
+    "sizes": "maps have timm's shapes for images of 32x32 and of 224x448 pixels, where timm takes them",
+    "channels": "attaches for images of 1 and of 4 channels",
+    "round_trip": "`save_pretrained` and `from_pretrained`: weights and all buffers bit-equal",
+    "shrinks": "shrinking the batch at each exit gives the rows of the full run",
+}
+
+
+def summary(records: dict[str, list[dict[str, Any]]], max_parameters: float) -> str:
+    """Write the counts, and the reason for every no, as Markdown."""
+    meta, real = records["meta"], [record for record in records["real"] if "skipped" not in record]
+    attached = [record for record in meta if "reason" not in record]
+    slowest = max(attached, key=lambda record: record["seconds"])
+    lines = [
+        "# Coverage of timm",
+        "",
+        f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, transformers "
+        f"{transformers.__version__}, Python on one CPU core. Written by `python benchmarks/coverage.py`.",
+        "",
+        f"## All {len(meta):,} names, on the meta device",
+        "",
+        f"- attached: {len(attached):,} ({len(attached) / len(meta):.1%})",
+        f"- of these by hooks at every stage: {sum(record['hooks'] for record in attached):,}",
+        f"- stages end in their order: {sum(record['in_order'] for record in attached):,}; not in "
+        f"{_modules(record for record in attached if not record['in_order'])}",
+        f"- random states left as they were: {sum(record['random_states_kept'] for record in attached):,}",
+        f"- seconds per name: {sum(r['seconds'] for r in attached) / len(attached):.1f} on average, "
+        f"{slowest['seconds']:.0f} at most ({slowest['name']})",
+        "",
+        *(f"- **no** {record['name']}: {record['reason']}" for record in meta if "reason" in record),
+        "",
+        f"## The smallest model of each of {len(records['real'])} classes, with real tensors",
+        "",
+        f"{len(real)} were run; the others have more than {max_parameters / 1e6:.0f} million parameters: "
+        + (", ".join(record["name"] for record in records["real"] if "skipped" in record) or "none")
+        + ".",
+        "",
+        "| check | yes | no | not applicable |",
+        "| --- | --- | --- | --- |",
+        *(_row(check, text, real) for check, text in CHECKS.items()),
+        "",
+        *(f"- **no** {check}, {name}: {reason}" for check, name, reason in _noes(real)),
+        "",
+        "Parameters that plain timm leaves without a gradient in the same step:",
+        "",
+        *(
+            f"- {record['name']}: {', '.join(record['without_gradient_in_timm'][:4])}"
+            + (
+                f" and {len(record['without_gradient_in_timm']) - 4} more"
+                * (len(record["without_gradient_in_timm"]) > 4)
+            )
+            for record in real
+            if record.get("without_gradient_in_timm")
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _modules(records: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(sorted({record["module"] for record in records})) or "none"
+
+
+def _row(check: str, text: str, real: list[dict[str, Any]]) -> str:
+    answers = [record.get(check, record.get("reason")) for record in real]
+    yes = sum(answer is True for answer in answers)
+    neither = sum(str(answer).startswith("not applicable") for answer in answers)
+    return f"| {text} | {yes} | {len(answers) - yes - neither} | {neither} |"
+
+
+def _noes(real: list[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:
+    for check in CHECKS:
+        for record in real:
+            answer = record.get(check, record.get("reason"))
+            if answer is not True and not str(answer).startswith("not applicable"):
+                yield check, record["name"], answer
