@@ -63,19 +63,21 @@ def examine(name: str) -> dict[str, Any]:
     model = MultiExitForImageClassification.from_backbone(name, num_labels=CLASSES)
     plain = timm.create_model(name, num_classes=CLASSES)
     with torch.no_grad():
-        for parameter in model.parameters():  # some classifiers start at zero: all images would look alike
+        for parameter in plain.parameters():  # some classifiers start at zero: all images would look alike
             parameter.add_(0.02 * torch.randn_like(parameter))
-    plain.load_state_dict(model.backbone.state_dict())
-    results: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in plain.parameters())}
+    images = _images(plain.eval())
+    _settle(plain, images)
+    model.backbone.load_state_dict(plain.state_dict())
+    results: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in plain.parameters()),
+        "image": list(images.shape[1:]),
+    }
     model.eval(), plain.eval()
     with torch.no_grad():
-        images = _images(plain)
-        results["image"] = list(images.shape[1:])
         output = model(images, output_hidden_states=True)
         results["logits"] = _same([output.logits], [plain(images)])
         results["maps"] = _same(output.exit_maps, plain.forward_intermediates(images, intermediates_only=True))
-        features = plain.forward_head(plain.forward_features(images), pre_logits=True)
-        results["features"] = _same([output.exit_features[-1]], [features.flatten(1)])
+        results["features"] = _check(_features, plain, images, output)
         results["shrinks"] = _check(_shrinks, model, images)
         results["round_trip"] = _check(_round_trip, model)
         results["sizes"] = _check(_sizes, name, plain)
@@ -83,6 +85,24 @@ def examine(name: str) -> dict[str, Any]:
     results["trains"], results["without_gradient_in_timm"] = _trains(model, plain, images)
     results["checkpointing"] = _check(_checkpointing, model, images)
     return results
+
+
+@torch.no_grad()
+def _settle(plain: nn.Module, images: Tensor) -> None:
+    """Set the statistics of batch norms from the images: without, signals die out on their way and all look alike."""
+    for module in plain.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    plain.train()(images)
+
+
+def _features(plain: nn.Module, images: Tensor, output: Any) -> str | bool:
+    pre_logits = plain.forward_head(plain.forward_features(images), pre_logits=True)
+    same = _same([output.exit_features[-1]], [pre_logits.flatten(1)])
+    classifier = plain.get_classifier()
+    if same is not True and isinstance(classifier, nn.Linear):  # a norm of the head may lie between (shvit)
+        return _same([classifier(output.exit_features[-1])], [output.logits])
+    return same
 
 
 def _shrinks(model: MultiExitForImageClassification, images: Tensor) -> str | bool:
@@ -197,6 +217,7 @@ def _check(check: Callable[..., str | bool], *args: Any) -> str | bool:
         return _first_line(error)
 
 
+@torch.no_grad()
 def _images(plain: nn.Module) -> Tensor:
     """Return three images that differ, of the size the backbone was built for where it takes no other."""
     contrast = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1)

@@ -10,7 +10,7 @@ import transformers
 CHECKS = {
     "logits": "logits are bit-equal to plain timm's",
     "maps": "maps are bit-equal to `forward_intermediates`",
-    "features": "features of the deepest exit are bit-equal to timm's pre-logits",
+    "features": "features of the deepest exit are bit-equal to timm's pre-logits, or what its linear layer reads",
     "trains": "finite loss, a gradient to every parameter that plain timm gives one",
     "checkpointing": "hooks report every stage under gradient checkpointing too",
     "sizes": "maps have timm's shapes for images of 32x32 and of 224x448 pixels, where timm takes them",

@@ -30,6 +30,9 @@ _STAGE_ENDS = {
 # Classes whose forward_intermediates reads values, which the meta device has not: their maps are the grid of patches.
 _PATCH_GRIDS = {"Gemma4VitClassifier"}
 
+# Classes that resize every image to the size they were built for.
+_RESIZING = {"CrossVit"}
+
 # The visitor of the call that is running in this thread. Not on the model: that would break pickle and let two
 # threads on one model see each other's images.
 _active = threading.local()
@@ -44,7 +47,7 @@ class Stage:
             ``forward_intermediates`` reaches it.
         channels: Channels of the map.
         size: Height and width of the map for an image of ``image_size``.
-        image_size: Height and width of the image it was measured with.
+        image_size: Height and width of the image it was measured with; ``None`` if the map is the same for all images.
         layout: ``"NCHW"``, ``"NHWC"`` or ``"NLC"`` (tokens).
         num_prefix_tokens: Tokens before those of the map, such as a class token.
         element: Which element of a list or tuple output is the map, ``None`` for a plain tensor.
@@ -53,7 +56,7 @@ class Stage:
     module: str | None
     channels: int
     size: tuple[int, int]
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     layout: str = "NCHW"
     num_prefix_tokens: int = 0
     element: int | None = None
@@ -71,7 +74,7 @@ class Stage:
             return tensor.permute(0, 3, 1, 2)
         tokens = tensor[:, self.num_prefix_tokens :].transpose(1, 2)
         # Tokens do not know their grid: it scales with the image, rounded up by backbones that pad it, else down.
-        scales = list(zip(image_size, self.size, self.image_size, strict=True))
+        scales = list(zip(image_size, self.size, self.image_size or image_size, strict=True))
         padded = tuple(-(-side * cells // measured) for side, cells, measured in scales)
         cropped = tuple(side * cells // measured for side, cells, measured in scales)
         for grid in (padded, cropped):
@@ -228,15 +231,16 @@ def measure(create: Callable[[], nn.Module]) -> Anatomy:
             f"A backbone must answer with logits (batch, {backbone.num_classes}) of its classifier, but "
             f"{type(backbone).__name__} gives {getattr(logits, 'shape', type(logits))}. Leave global_pool as it is."
         )
+    size = None if type(backbone).__name__ in _RESIZING else tuple(image_size)
     fits = [
-        _fits(path, [output for seen_index, output in seen if seen_index == index], stage_map, tuple(image_size))
+        _fits(path, [output for seen_index, output in seen if seen_index == index], stage_map, size)
         for index, (path, stage_map) in enumerate(zip(paths, maps, strict=True))
     ]
     # Where channels, height and width agree a map fits two layouts: the other stages tell which it is.
     layouts = {stages[0].layout for stages in fits if len({stage.layout for stage in stages}) == 1}
     stages = [next((stage for stage in stages if stage.layout in layouts), None) for stages in fits]
     if None in stages:
-        stages = [_stage(None, stage_map, tuple(image_size)) for stage_map in maps]
+        stages = [Stage(None, stage_map.shape[1], tuple(stage_map.shape[2:]), size) for stage_map in maps]
     order = [index for index, _ in seen if index != FEATURES]
     return Anatomy(tuple(stages), join_features(features).shape[-1], order == sorted(order))
 
@@ -265,17 +269,13 @@ def _maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     return [images.new_empty(len(images), info["num_chs"], *grid) for info in backbone.feature_info]
 
 
-def _stage(path: str | None, stage_map: Tensor, image_size: tuple[int, int], **found) -> Stage:
-    return Stage(path, stage_map.shape[1], tuple(stage_map.shape[2:]), image_size, **found)
-
-
-def _fits(path: str | None, outputs: list[Any], stage_map: Tensor, image_size: tuple[int, int]) -> list[Stage]:
+def _fits(path: str | None, outputs: list[Any], stage_map: Tensor, image_size: tuple[int, int] | None) -> list[Stage]:
     """List how the output that a hook saw can be the map that ``forward_intermediates`` gives, best first."""
     if len(outputs) != 1:
         return []
     output = outputs[0]
     batch, channels, height, width = stage_map.shape
-    found = partial(_stage, path, stage_map, image_size)
+    found = partial(Stage, path, channels, (height, width), image_size)
     fits = []
     for element, tensor in enumerate(output) if isinstance(output, (list, tuple)) else [(None, output)]:
         if not isinstance(tensor, Tensor):

@@ -241,10 +241,16 @@ def test_images_of_other_sizes(size):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(maps, expected, strict=True))
 
 
-@pytest.mark.parametrize(("name", "size"), [("twins_svt_small", (75, 97)), ("test_vit", (75, 90))])
+@pytest.mark.parametrize(
+    ("name", "kwargs", "size"),
+    [
+        ("twins_svt_small", {}, (75, 97)),  # crops
+        ("test_vit", {"dynamic_img_size": True, "dynamic_img_pad": True}, (75, 90)),
+        ("crossvit_tiny_240", {"depth": ((1, 1, 0),) * 2}, (120, 480)),  # resizes to 240 x 240
+    ],
+)
 @torch.no_grad()
-def test_grids_of_tokens_round_as_the_backbone_does(name, size):
-    kwargs = {} if name.startswith("twins") else {"dynamic_img_size": True, "dynamic_img_pad": True}
+def test_grids_of_tokens_follow_the_backbone(name, kwargs, size):
     backbone, anatomy = build(name, **kwargs)
     images, seen = torch.randn(1, 3, *size), Visitor()
     run(backbone, anatomy, images, seen)
