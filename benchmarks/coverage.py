@@ -106,6 +106,8 @@ def _features(plain: nn.Module, images: Tensor, output: Any) -> str | bool:
 
 
 def _shrinks(model: MultiExitForImageClassification, images: Tensor) -> str | bool:
+    if not model.anatomy.hooked:
+        return "only forward_intermediates gives its stages"
     rows = torch.tensor([0, 2])
     full = run(model.backbone, model.anatomy, images, lambda index, output: None)
     if (full[0] - full[2]).abs().max() < 1e-4 * full.abs().max():
@@ -187,6 +189,8 @@ def _trains(model: MultiExitForImageClassification, plain: nn.Module, images: Te
 
 
 def _checkpointing(model: MultiExitForImageClassification, images: Tensor) -> str | bool:
+    if not model.anatomy.hooked:
+        return "not applicable: only forward_intermediates gives its stages"
     try:
         model.backbone.set_grad_checkpointing(True)
     except AssertionError as error:

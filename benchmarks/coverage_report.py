@@ -34,7 +34,8 @@ def summary(records: dict[str, list[dict[str, Any]]], max_parameters: float) -> 
         f"## All {len(meta):,} names, on the meta device",
         "",
         f"- attached: {len(attached):,} ({len(attached) / len(meta):.1%})",
-        f"- of these by hooks at every stage: {sum(record['hooks'] for record in attached):,}",
+        f"- of these by hooks at every stage: {sum(record['hooks'] for record in attached):,}; by "
+        f"`forward_intermediates`: {_modules(record for record in attached if not record['hooks'])}",
         f"- stages end in their order: {sum(record['in_order'] for record in attached):,}; not in "
         f"{_modules(record for record in attached if not record['in_order'])}",
         f"- random states left as they were: {sum(record['random_states_kept'] for record in attached):,}",

@@ -20,6 +20,7 @@ FEATURES = -1
 # Where feature_info names modules that do not exist or do not end the stage: first part of the name -> what ends it.
 _STAGE_ENDS = {
     "Gemma4VitClassifier": {"blocks": "encoder.blocks"},
+    "Hiera": {"blocks": "none"},  # its tokens lie in mask units, and only forward_intermediates puts them in rows
     "HighResolutionNet": {"stem": "act1"} | {f"stage{scale + 1}": f"incre_modules.{scale}" for scale in range(4)},
     "MobileNetV5": {"bn1": "conv_stem"},
     "MultiScaleVit": {"block": "stages"},
@@ -232,10 +233,8 @@ def measure(create: Callable[[], nn.Module]) -> Anatomy:
             f"{type(backbone).__name__} gives {getattr(logits, 'shape', type(logits))}. Leave global_pool as it is."
         )
     size = None if type(backbone).__name__ in _RESIZING else tuple(image_size)
-    fits = [
-        _fits(path, [output for seen_index, output in seen if seen_index == index], stage_map, size)
-        for index, (path, stage_map) in enumerate(zip(paths, maps, strict=True))
-    ]
+    outputs = [[output for seen_index, output in seen if seen_index == index] for index in range(len(paths))]
+    fits = [_fits(*stage, size) for stage in zip(paths, outputs, maps, strict=True)]
     # Where channels, height and width agree a map fits two layouts: the other stages tell which it is.
     layouts = {stages[0].layout for stages in fits if len({stage.layout for stage in stages}) == 1}
     stages = [next((stage for stage in stages if stage.layout in layouts), None) for stages in fits]

@@ -185,6 +185,17 @@ def test_timm_gives_the_maps_where_hooks_cannot():
         assert torch.equal(anatomy.stages[index].to_map(seen.outputs[index], (32, 64)), expected)
 
 
+@torch.no_grad()
+def test_tokens_that_do_not_lie_in_rows_are_left_to_timm():
+    backbone, anatomy = build("hiera_tiny_224", embed_dim=24, stages=(1, 1, 1, 1))
+    images, seen = torch.randn(2, 3, 224, 224), Visitor()
+    logits = run(backbone, anatomy, images, seen)
+    assert not anatomy.hooked
+    assert torch.equal(logits, backbone(images))
+    for index, expected in enumerate(backbone.forward_intermediates(images, intermediates_only=True)):
+        assert torch.equal(anatomy.stages[index].to_map(seen.outputs[index], (224, 224)), expected)
+
+
 def test_a_layout_that_nothing_tells_is_left_to_timm():
     def create():
         backbone = Misnamed()
