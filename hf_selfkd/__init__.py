@@ -3,7 +3,11 @@
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from ._version import __version__ as __version__
+from .calibration import calibrate
 from .configuration import MultiExitConfig
+from .early_exit import ExitPolicy
+from .evaluation import exit_costs
+from .export import export_exit
 from .methods import Method, get_method, list_methods
 from .modeling import MultiExitForImageClassification
 from .outputs import EarlyExitOutput, MultiExitOutput
@@ -11,11 +15,15 @@ from .trainer import SelfDistillationTrainer
 
 __all__ = [
     "EarlyExitOutput",
+    "ExitPolicy",
     "Method",
     "MultiExitConfig",
     "MultiExitForImageClassification",
     "MultiExitOutput",
     "SelfDistillationTrainer",
+    "calibrate",
+    "exit_costs",
+    "export_exit",
     "get_method",
     "list_methods",
 ]

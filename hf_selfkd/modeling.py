@@ -1,6 +1,5 @@
 """Multi-exit models: a timm backbone, exits at its stages, one answer per exit."""
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -19,11 +18,14 @@ from .backbone import (
     measure,
     run,
 )
-from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
+from .configuration import MultiExitConfig
 from .creation import create_backbone
+from .early_exit import ExitPolicy, resolve_policy
 from .exits import ConvExit, TokenExit
 from .functional import cross_entropy
-from .outputs import MultiExitOutput
+from .outputs import EarlyExitOutput, MultiExitOutput
+from .records import data_config, label_names, resolved_kwargs
+from .shrinking import EarlyExit, can_shrink
 from .tail import Tail, copy_tail
 
 
@@ -62,8 +64,9 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         attach_hooks(self.backbone, self.anatomy)
         self._backbone_frozen = False
         self.scaffold: nn.Module | None = None
+        self._shrinks: bool | None = None  # unknown until the first batch leaves early
         if config.pretrained_cfg is None:
-            config.pretrained_cfg = _data_config(self.backbone, config.small_input_stem)
+            config.pretrained_cfg = data_config(self.backbone, config.small_input_stem)
         self.exit_stages = self._choose_exits()
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
@@ -133,6 +136,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     def train(self, mode: bool = True):
         """Switch between training and evaluation; a frozen backbone stays in evaluation."""
         super().train(mode)
+        self._shrinks = None
         if self._backbone_frozen:
             self.backbone.eval()
         return self
@@ -142,15 +146,6 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         state_dict = self.state_dict() if state_dict is None else state_dict
         shipped = {name: tensor for name, tensor in state_dict.items() if not name.startswith("scaffold.")}
         super().save_pretrained(save_directory, *args, state_dict=shipped, **kwargs)
-
-
-def _data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
-    """Return what timm's ``resolve_data_config`` reads, as JSON has it."""
-    keys = ("architecture", "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "fixed_input_size")
-    cfg = {key: backbone.pretrained_cfg[key] for key in keys if key in backbone.pretrained_cfg}
-    if small_input_stem:
-        cfg.update(input_size=(3, 32, 32), crop_pct=1.0)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.items()}
 
 
 class MultiExitForImageClassification(MultiExitPreTrainedModel):
@@ -207,12 +202,12 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         )
         labels = {"num_labels": model.num_classes}
         if pretrained and num_labels is None and "id2label" not in config:
-            labels = _label_names(model) or labels
+            labels = label_names(model) or labels
         architecture = model.pretrained_cfg["architecture"]
         tag = model.pretrained_cfg.get("tag")
         built = MultiExitConfig(
             backbone=f"{architecture}.{tag}" if pretrained and tag and ":" not in backbone else architecture,
-            backbone_kwargs=_resolved_kwargs(model, backbone_kwargs),
+            backbone_kwargs=resolved_kwargs(model, backbone_kwargs),
             **(labels | config),
         )
         return cls(built, backbone=model)
@@ -223,8 +218,10 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> MultiExitOutput | tuple:
-        """Answer with every exit.
+    ) -> MultiExitOutput | EarlyExitOutput | tuple:
+        """Answer with every exit, or, with ``config.early_exit``, with the one at which each image leaves.
+
+        Training, labels and hidden states always get every exit.
 
         Args:
             pixel_values: ``(batch, channels, height, width)``.
@@ -232,6 +229,9 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             output_hidden_states: Whether to return the maps of all stages; always so in training.
             return_dict: ``False`` returns a tuple.
         """
+        if self.config.early_exit and not self.training and labels is None and not output_hidden_states:
+            early = self.early_exit(pixel_values)
+            return early if return_dict is not False else early.to_tuple()
         seen = _Collector()
         logits = run(self.backbone, self.anatomy, pixel_values, seen)
         image_size = tuple(pixel_values.shape[-2:])
@@ -288,26 +288,37 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         create = partial(self._create_backbone, self.backbone.num_classes)
         return copy_tail(self.backbone, self.anatomy, stage, create, (channels, *image_size))
 
+    # The shape of a shrinking batch depends on the data, so this part of a compiled model runs uncompiled.
+    @torch.compiler.disable
+    @torch.no_grad()
+    def early_exit(self, pixel_values: Tensor, policy: ExitPolicy | None = None) -> EarlyExitOutput:
+        """Stop computing for each image where the policy says so; the rest of the network runs on the others.
+
+        Answers are those of running all exits and letting the policy decide. Where the network is no chain at its
+        exits, found out with a few made-up images before the first batch, the whole batch runs on until its last
+        image has decided, with a warning. Where hooks see no stages, nothing is saved.
+
+        Args:
+            pixel_values: ``(batch, channels, height, width)``.
+            policy: When an image may leave; ``None`` takes ``config.exit_policy``.
+
+        Raises:
+            ValueError: If the model is in training mode, or the policy is missing or for another number of exits.
+        """
+        if self.training:
+            raise ValueError("early_exit needs a model in eval mode, but it is in training mode. Call model.eval().")
+        policy = resolve_policy(policy, self.config.exit_policy, self.num_exits)
+        network = partial(run, self.backbone, self.anatomy)
+        answer = partial(self._exit_logits, tuple(pixel_values.shape[-2:]))
+        exits = {stage: exit for exit, stage in enumerate(self.exit_stages)}
+        if self._shrinks is None and len(pixel_values) > 1:
+            self._shrinks = can_shrink(network, answer, exits, pixel_values)
+        needed = {stage: exit for stage, exit in exits.items() if policy.listens(exit)}
+        visitor = EarlyExit(policy, answer, needed, shrink=self._shrinks is not False)
+        return visitor.run(network, pixel_values)
+
+    def _exit_logits(self, image_size: tuple[int, int], exit: int, output: Any) -> Tensor:
+        return self.exits[exit](self._stage_map(self.exit_stages[exit], output, image_size))[0]
+
     def _stage_map(self, index: int, output: Any, image_size: tuple[int, int]) -> Tensor:
         return output if not self.anatomy.hooked else self.anatomy.stages[index].to_map(output, image_size)
-
-
-def _resolved_kwargs(backbone: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that rebuild the backbone, those that a Hub repository brought included."""
-    recorded = {**getattr(backbone, "_model_args", {}), **given}
-    return copy.deepcopy({key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS})
-
-
-def _label_names(backbone: nn.Module) -> dict[str, Any] | None:
-    """Return ImageNet's label names where timm knows that the weights answer with them."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    cfg = backbone.pretrained_cfg
-    if cfg.get("label_names"):
-        names = list(cfg["label_names"])
-    elif subset := infer_imagenet_subset({**cfg, "num_classes": backbone.num_classes}):
-        names = ImageNetInfo(subset).label_descriptions()
-    else:
-        return None
-    id2label = dict(enumerate(names))
-    return {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}

@@ -1,0 +1,38 @@
+"""What a timm model records about itself: arguments, data configuration, names of its labels."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from .configuration import REFUSED_BACKBONE_KWARGS
+
+
+def data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
+    """Return what timm's ``resolve_data_config`` reads, as JSON has it."""
+    keys = ("architecture", "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "fixed_input_size")
+    cfg = {key: backbone.pretrained_cfg[key] for key in keys if key in backbone.pretrained_cfg}
+    if small_input_stem:
+        cfg.update(input_size=(3, 32, 32), crop_pct=1.0)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.items()}
+
+
+def resolved_kwargs(backbone: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that rebuild the backbone, those that a Hub repository brought included."""
+    recorded = {**getattr(backbone, "_model_args", {}), **given}
+    return copy.deepcopy({key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS})
+
+
+def label_names(backbone: nn.Module) -> dict[str, Any] | None:
+    """Return ImageNet's label names where timm knows that the weights answer with them."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    cfg = backbone.pretrained_cfg
+    if cfg.get("label_names"):
+        names = list(cfg["label_names"])
+    elif subset := infer_imagenet_subset({**cfg, "num_classes": backbone.num_classes}):
+        names = ImageNetInfo(subset).label_descriptions()
+    else:
+        return None
+    id2label = dict(enumerate(names))
+    return {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
