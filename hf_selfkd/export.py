@@ -27,7 +27,8 @@ class StaticExit(nn.Module):
         super().__init__()
         if not 0 <= exit < model.num_exits:
             raise ValueError(
-                f"{model.config.backbone} has {model.num_exits} exits (0 to {model.num_exits - 1}), but got exit={exit}."
+                f"{model.config.backbone} has {model.num_exits} exits (0 to {model.num_exits - 1}), "
+                f"but got exit={exit}."
             )
         self.backbone = copy.deepcopy(model.backbone)
         self.head = None
@@ -58,35 +59,40 @@ def export_exit(
     """Write one exit as a static model that takes any number of images, and check what was written.
 
     The file maps ``pixel_values``, ``(batch, channels, height, width)`` in float32, to ``logits``,
-    ``(batch, classes)``. It is run on one image and on three and compared with the model.
+    ``(batch, classes)``. It is run on one image and on three, and its answers compared with those of the model, an
+    ONNX file's with onnxruntime. All that is left out is what timm's ``prune_intermediate_layers`` leaves out.
 
     Args:
         model: A multi-exit model for classification.
         exit: Which exit, from 0, shallow to deep.
-        path: Where the file goes.
-        format: ``"onnx"``, or ``"torch"`` for a ``.pt2`` that ``torch.export.load`` reads.
+        path: Where the file goes; a torch program must end in ``.pt2``.
+        format: ``"onnx"``, or ``"torch"`` for what ``torch.export.load`` reads.
         image_size: Side of the images, or height and width, in pixels; ``None`` for the one the model is meant for.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the exit or the format does not exist.
+        ValueError: If the exit or the format does not exist, or the path has the wrong ending.
+        ImportError: If ONNX is wanted and not installed.
         RuntimeError: If the file does not answer as the model does.
     """
     writers = {"onnx": _write_onnx, "torch": _write_torch}
     if format not in writers:
         raise ValueError(f"format must be one of {', '.join(writers)}, but got {format!r}.")
-    static = StaticExit(model, exit).to("cpu", torch.float32)
+    path = Path(path)
+    if format == "torch" and path.suffix != ".pt2":
+        raise ValueError(f"A torch program needs a path that ends in .pt2, but got {path}.")
+    original = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    static = StaticExit(original, exit)
     channels, height, width = model.config.pretrained_cfg["input_size"]
     if image_size is not None:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     images = torch.randn(3, channels, height, width, generator=torch.Generator().manual_seed(0))
-    path = Path(path)
     with torch.no_grad():
         answer = writers[format](static, images[:2], path)
         for batch in (images[:1], images):
-            expected = static(batch)
+            expected = original(batch, output_hidden_states=True).exit_logits[exit]
             error = (answer(batch) - expected).abs().max().item()
             if not error <= 1e-3 * max(1.0, expected.abs().max().item()):
                 raise RuntimeError(f"{path} answers {error:.3g} off what exit {exit} of the model answers.")
@@ -100,8 +106,11 @@ def _write_torch(static: StaticExit, images: Tensor, path: Path) -> Callable[[Te
 
 
 def _write_onnx(static: StaticExit, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("ONNX needs onnx, onnxscript and onnxruntime. Run pip install hf_selfkd[export].") from error
     num_bytes = sum(tensor.nbytes for tensor in static.state_dict().values())
     torch.onnx.export(
         static,
