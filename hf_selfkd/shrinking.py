@@ -36,6 +36,8 @@ class EarlyExit:
         self.exits = exits
         self.shrink = shrink
         self.rows: Tensor  # which images have not left
+        self.due = sorted(exits.values())
+        self.waiting: dict[int, Tensor] = {}
         self.history: Tensor | None = None
         self.left: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
@@ -44,7 +46,17 @@ class EarlyExit:
         exit = self.exits.get(stage)
         if exit is None:
             return None
-        logits = self.answer(exit, output)
+        self.waiting[exit] = self.answer(exit, output)
+        shrunk = None
+        while self.due and self.due[0] in self.waiting:  # stages of parallel branches end in another order
+            stay = self._let_leave(self.due.pop(0))
+            if stay is not None and self.shrink:
+                output = shrunk = _take_rows(output, stay)
+        return shrunk
+
+    def _let_leave(self, exit: int) -> Tensor | None:
+        """Let images leave at an exit that has answered; return which of the rows stay, ``None`` for all."""
+        logits = self.waiting.pop(exit)
         if not self.shrink:
             logits = logits[self.rows]
         leaves, confidence = self.judge(exit, logits)
@@ -59,7 +71,7 @@ class EarlyExit:
         self.left.append((exit, self.rows[go], logits[go], confidence[go]))
         self.rows = self.rows[stay]
         self.history = None if self.history is None else self.history[:, stay]
-        return _take_rows(output, stay) if self.shrink else None
+        return stay
 
     def judge(self, exit: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return who leaves at an exit, and the confidences, both ``(rows,)``."""

@@ -118,7 +118,7 @@ class SelfDistillationTrainer(Trainer):
         """Add up the method's terms in training; in evaluation return the deepest exit's cross-entropy."""
         images, labels = inputs["pixel_values"], inputs["labels"]
         if not self.model.training:
-            output = model(images)
+            output = model(images, labels=labels)  # labels: all exits answer, whatever config.early_exit says
             loss = cross_entropy(output.exit_logits[-1], labels)
             return (loss, output) if return_outputs else loss
         if self.mix is not None:
