@@ -1,0 +1,30 @@
+"""The example that calibrates, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForImageClassification
+
+from hf_selfkd import EarlyExitOutput, ExitPolicy
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "early_exit.py"
+
+
+def test_a_checkpoint_learns_when_to_stop(build, images, tmp_path):
+    model = build(num_labels=10)
+    model.save_pretrained(tmp_path)
+    options = ["--dataset", "digits", "--max_eval_samples", "120", "--target_cost", "0.7"]
+    command = [sys.executable, str(EXAMPLE), "--checkpoint", str(tmp_path), *options]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads((tmp_path / "early_exit.json").read_text())
+    assert len(result["exits"]) == 4 and result["policy"]["calibration"]["demand"] == {"target_cost": 0.7}
+    assert (tmp_path / "early_exit.png").stat().st_size > 1000
+    assert "| exit | cost | share | accuracy |" in process.stdout
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert ExitPolicy.from_dict(loaded.config.exit_policy).num_exits == 4
+    assert isinstance(loaded(images[0]["pixel_values"][None]), EarlyExitOutput)
+    assert (tmp_path / "modeling.py").exists()  # the checkpoint is whole still
+    assert "auto_map" in json.loads((tmp_path / "config.json").read_text())
