@@ -96,6 +96,7 @@ class Rest(nn.Module):
             self.head = backbone.forward_head
 
     def forward(self, stage_output: Tensor) -> Tensor:
+        """Return logits."""
         answer = self.layers(stage_output)
         return self.head(answer) if hasattr(self, "head") else answer
 
@@ -313,6 +314,7 @@ class CachedLogits:
         return self
 
     def __call__(self, indices, mode):
+        """Return the logits of all exits."""
         return list(self.logits[:, indices])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backbone import FEATURES, keep_rows
 from .early_exit import ExitPolicy
 from .outputs import EarlyExitOutput
 
@@ -48,10 +49,12 @@ class EarlyExit:
             return None
         self.waiting[exit] = self.answer(exit, output)
         shrunk = None
+        num_rows = len(self.waiting[exit])
         while self.due and self.due[0] in self.waiting:  # stages of parallel branches end in another order
             stay = self._let_leave(self.due.pop(0))
             if stay is not None and self.shrink:
-                output = shrunk = _take_rows(output, stay)
+                output = shrunk = keep_rows(output, stay, num_rows)
+                num_rows = len(stay)
         return shrunk
 
     def _let_leave(self, exit: int) -> Tensor | None:
@@ -100,22 +103,13 @@ class EarlyExit:
         )
 
 
-def _take_rows(output: Any, rows: Tensor) -> Any:
-    """Select images from a stage's raw output: a tensor, or lists and tuples of them."""
-    if isinstance(output, Tensor):
-        return output[rows]  # unlike index_select it keeps channels_last
-    if isinstance(output, (list, tuple)):
-        return type(output)(_take_rows(item, rows) for item in output)
-    return output
-
-
 class _Rehearsal(EarlyExit):
     """Visitor that lets image ``i`` leave at exit ``i`` whatever its answer, and keeps what enters the classifier."""
 
     features: Tensor | None = None
 
     def __call__(self, stage: int, output: Any) -> Any:
-        if stage < 0:  # what enters the classifier; the first classifier is enough
+        if stage == FEATURES:  # of the first classifier where there are several
             self.features = output if self.features is None else self.features
             return None
         return super().__call__(stage, output)

@@ -32,6 +32,7 @@ CHAINS = {
     "test_efficientnet": {},
     "swin_tiny_patch4_window7_224": SWIN,  # NHWC maps
     "deit_tiny_distilled_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 4},  # two classifiers
+    "tnt_s_legacy_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 4},  # several rows per image
     "pit_ti_224": {"img_size": 32, "patch_size": 4, "stride": 2, "base_dims": (8, 8, 8)},  # stages end in tuples
 }
 every_chain = pytest.mark.parametrize(("name", "kwargs"), CHAINS.items(), ids=CHAINS)
@@ -313,7 +314,12 @@ class BatchNormOfTheBatch(nn.BatchNorm2d):
 
 
 def parallel_paths():
-    return create("tnt_s_legacy_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 4})
+    model, around = create(), []
+    model.backbone.layer1.register_forward_pre_hook(lambda module, args: around.append(args[0]))
+    model.backbone.layer4.register_forward_hook(
+        lambda module, args, output: output + around.pop().mean(dim=(1, 2, 3), keepdim=True)
+    )
+    return model
 
 
 def batch_dependent():
@@ -354,7 +360,7 @@ def test_a_whole_batch_stops_when_its_last_image_has_decided():
     with pytest.warns(UserWarning):
         model.early_exit(images, policy)
     calls = []
-    model.backbone.norm.register_forward_hook(lambda *args: calls.append(1))
+    model.backbone.fc.register_forward_hook(lambda *args: calls.append(1))
     model.early_exit(images, policy)
     assert calls == []
 
