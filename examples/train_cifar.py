@@ -27,7 +27,8 @@ from data import (
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_selfkd import MultiExitForImageClassification, SelfDistillationTrainer, get_method
+from hf_selfkd import MultiExitForImageClassification, SelfDistillationTrainer, exit_costs, get_method
+from hf_selfkd.evaluation import exit_parameters, to_table
 
 PRESETS = {
     "smoke": {
@@ -153,10 +154,19 @@ def build_model(options: ModelArguments, data: DataArguments, class_names: list[
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
-def print_table(metrics: dict[str, float], model) -> None:
-    print(f"\n{'exit':>10}{'accuracy':>10}")
-    for exit in range(model.num_exits):
-        print(f"{exit:>10}{100 * metrics[f'eval_accuracy_exit_{exit}']:>10.2f}")
+def exit_table(metrics: dict[str, float], model) -> str:
+    costs = zip(exit_costs(model), exit_parameters(model), strict=True)
+    return to_table(
+        [
+            {
+                "exit": exit,
+                "accuracy (%)": f"{100 * metrics[f'eval_accuracy_exit_{exit}']:.2f}",
+                "million multiply-adds": f"{multiply_adds / 1e6:.2f}",
+                "million parameters": f"{parameters / 1e6:.3f}",
+            }
+            for exit, (multiply_adds, parameters) in enumerate(costs)
+        ]
+    )
 
 
 def main():
@@ -185,8 +195,7 @@ def main():
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        print_table(metrics, model)
-        print(f"\nSaved to {args.output_dir}")
+        print(f"\n{exit_table(metrics, model)}\n\nSaved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -62,12 +62,34 @@ def exit_costs(model: PreTrainedModel, image_size: int | tuple[int, int] | None 
     Returns:
         One number per exit, shallow to deep.
     """
-    with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config)).eval()
-        images = torch.empty(1, *_image_shape(model, image_size))
+    twin, images = _meta_twin(model, image_size)
     with FlopCounterMode(display=False) as counter:
         operations = _read_at_exits(twin, images, counter.get_total_flops)
     return [round(count / 2) for count in operations]  # torch counts a multiply-add as two operations
+
+
+def exit_parameters(model: PreTrainedModel) -> list[int]:
+    """Count the parameters that an image has met when it leaves at each exit, the heads on its way included.
+
+    Args:
+        model: A multi-exit model for classification.
+
+    Returns:
+        One number per exit, shallow to deep; the last is that of all parameters that ship.
+    """
+    twin, images = _meta_twin(model, None)
+    met: dict[nn.Parameter, None] = {}
+    for module in twin.modules():
+        module.register_forward_pre_hook(lambda module, _: met.update(dict.fromkeys(module.parameters(recurse=False))))
+    *early, _ = _read_at_exits(twin, images, lambda: sum(parameter.numel() for parameter in met))
+    return [*early, sum(parameter.numel() for parameter in twin.parameters())]
+
+
+def _meta_twin(model: PreTrainedModel, image_size: int | tuple[int, int] | None) -> tuple[PreTrainedModel, Tensor]:
+    """Build the model and an image without memory: a call of it costs nothing."""
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config)).eval()
+        return twin, torch.empty(1, *_image_shape(model, image_size))
 
 
 def exit_latencies(

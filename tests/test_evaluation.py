@@ -12,6 +12,7 @@ from hf_selfkd.evaluation import (
     budgeted_curve,
     collect_logits,
     exit_latencies,
+    exit_parameters,
     measure_throughput,
     plot_curves,
     to_table,
@@ -109,3 +110,22 @@ def test_curves(tmp_path):
     assert len(to_table(anytime).splitlines()) == 5
     plot_curves({"exits": anytime, "policies": budgeted}, str(tmp_path / "curve.png"))
     assert Image.open(tmp_path / "curve.png").size[0] > 300
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_parameters_met_by_an_image_that_leaves(build, backbone):
+    model = build(backbone)
+
+    def count(*modules):
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    net, head = model.backbone, model.exits[0]
+    if backbone == "test_resnet":
+        shallow = count(net.conv1, net.bn1, net.layer1, head)
+    else:
+        shallow = count(net.patch_embed, *net.blocks[:2], head) + net.pos_embed.numel() + net.cls_token.numel()
+        shallow += net.reg_token.numel() if net.reg_token is not None else 0
+    found = exit_parameters(model)
+    assert found[0] == shallow
+    assert found == sorted(found)
+    assert found[-1] == model.num_parameters()

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
 
-import hf_selfkd  # noqa: F401  registers the model
+import hf_selfkd
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -55,10 +55,14 @@ def digits_run(tmp_path_factory):
 def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
     folder, printed = digits_run
     metrics = json.loads((folder / "eval_results.json").read_text())
-    rows = [line.split() for line in printed.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]
-    assert [float(row[1]) for row in rows[-4:]] == [
-        pytest.approx(100 * metrics[f"eval_accuracy_exit_{exit}"], abs=0.01) for exit in range(4)
-    ]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
+    assert header == ["exit", "accuracy (%)", "million multiply-adds", "million parameters"]
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    for exit, (row, cost) in enumerate(zip(rows, hf_selfkd.exit_costs(model), strict=True)):
+        assert row[0] == str(exit)
+        assert float(row[1]) == pytest.approx(100 * metrics[f"eval_accuracy_exit_{exit}"], abs=0.01)
+        assert float(row[2]) == pytest.approx(cost / 1e6, abs=0.01)
+    assert float(rows[-1][3]) == pytest.approx(model.num_parameters() / 1e6, abs=0.001)
     answer = pipeline("image-classification", model=str(folder))(noise())
     assert {entry["label"] for entry in answer} <= {str(digit) for digit in range(10)}
 
