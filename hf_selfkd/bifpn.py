@@ -1,8 +1,9 @@
 """Bidirectional feature pyramids: maps of several resolutions refine one another, top-down and then bottom-up.
 
-The layer of EfficientDet (Tan et al., CVPR 2020, https://arxiv.org/abs/1911.09070, section 3) in the form that FRSKD
-gives it (Ji et al., CVPR 2021, https://arxiv.org/abs/2103.08273, section 3.1): separate lateral convolutions for both
-directions, and widths that may differ from level to level. Maps leave every layer non-negative.
+For dense prediction, where layers are stacked under a head, and for the self-teacher of FRSKD. It is the layer of
+EfficientDet (Tan et al., CVPR 2020, https://arxiv.org/abs/1911.09070, section 3) in the form that FRSKD gives it (Ji
+et al., CVPR 2021, https://arxiv.org/abs/2103.08273, section 3.1): separate lateral convolutions for both directions,
+and widths that may differ from level to level. Maps leave every layer non-negative.
 """
 
 from collections.abc import Sequence
@@ -81,6 +82,59 @@ class Node(nn.Module):
         return self.refine(fuse((*own, neighbour), self.fusion_weight))
 
 
+class SegmentationHead(nn.Sequential):
+    """Logits for every pixel of a map: 3x3 convolution, batch norm, ReLU, 3x3 convolution (FRSKD, section 4.3).
+
+    Args:
+        channels: Channels of the map.
+        width: Channels in between.
+        num_labels: Number of classes.
+    """
+
+    def __init__(self, channels: int, width: int, num_labels: int):
+        super().__init__(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, num_labels, 3, padding=1),
+        )
+
+
+class PyramidHead(nn.Module):
+    """Logits for every pixel of the finest of several maps.
+
+    The authors' head reads the finest map alone, which the bottom-up half of the layer below does not reach: that half
+    would learn nothing in the student, and what the self-teacher shows at the deeper levels would stay random. So all
+    levels are enlarged to the finest and fused here, by weights that are learned.
+
+    Args:
+        channels: Channels of every map. In between there are four times as many, as in the paper (64 and 256).
+        num_levels: Number of maps.
+        num_labels: Number of classes.
+    """
+
+    def __init__(self, channels: int, num_levels: int, num_labels: int):
+        super().__init__()
+        self.fusion_weight = nn.Parameter(torch.ones(num_levels))
+        self.head = SegmentationHead(channels, 4 * channels, num_labels)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Turn maps ``(batch, channels, height, width)``, shallow to deep, into logits of the finest one's size."""
+        size = maps[0].shape[-2:]
+        enlarged = [F.interpolate(level, size=size, mode="bilinear", align_corners=False) for level in maps]
+        return self.head(fuse(enlarged, self.fusion_weight))
+
+
+def deepest_resolutions(sizes: Sequence[tuple[int, int]], limit: int = 4) -> list[int]:
+    """List the last stage of each of the deepest resolutions, shallow to deep.
+
+    Args:
+        sizes: Height and width of the map of every stage, shallow to deep.
+        limit: How many resolutions at most. Four leave out the stem of a ResNet.
+    """
+    return sorted({size: index for index, size in enumerate(sizes)}.values())[-limit:]
+
+
 def fuse(maps: Sequence[Tensor], weight: Tensor) -> Tensor:
     """Add maps up with shares ``relu(w) / (sum relu(w) + 1e-6)`` (EfficientDet, section 3.3, fast normalised fusion).
 
@@ -94,10 +148,10 @@ def fuse(maps: Sequence[Tensor], weight: Tensor) -> Tensor:
 
 
 def resize(level: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring a non-negative map ``(batch, channels, height, width)`` to another size.
+    """Bring a map ``(batch, channels, height, width)`` to another size.
 
     Nearest neighbours enlarge it, as in the authors' code. To half the size (rounded up) it shrinks by 3x3 max-pooling
-    with stride 2, padded at bottom and right first, theirs as well; to any other size by adaptive max-pooling.
+    with stride 2, padded at bottom and right first, as theirs; to any other size by adaptive max-pooling.
     """
     height, width = level.shape[-2:]
     if (height, width) == tuple(size):

@@ -51,6 +51,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     model_tags = ["multi-exit", "self-distillation", "early-exit", "timm"]
+    task = "image-classification"
 
     # Set by the trainer, or in your own loop: exits read detached maps, so that the backbone learns as without them.
     detach_exits = False
