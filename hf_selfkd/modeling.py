@@ -209,13 +209,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         labels = {"num_labels": model.num_classes}
         if pretrained and num_labels is None and "id2label" not in config:
             labels = _label_names(model) or labels
-        architecture = model.pretrained_cfg["architecture"]
-        tag = model.pretrained_cfg.get("tag")
-        built = MultiExitConfig(
-            backbone=f"{architecture}.{tag}" if pretrained and tag and ":" not in backbone else architecture,
-            backbone_kwargs=_resolved_kwargs(model, backbone_kwargs),
-            **(labels | config),
-        )
+        built = MultiExitConfig(**_describe(model, backbone, pretrained, backbone_kwargs), **(labels | config))
         return cls(built, backbone=model)
 
     def forward(
@@ -293,10 +287,15 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         return output if not self.anatomy.hooked else self.anatomy.stages[index].to_map(output, image_size)
 
 
-def _resolved_kwargs(backbone: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that rebuild the backbone, those that a Hub repository brought included."""
+def _describe(backbone: nn.Module, name: str, pretrained: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that rebuild the backbone, with the arguments that a Hub repository brought."""
+    architecture, tag = backbone.pretrained_cfg["architecture"], backbone.pretrained_cfg.get("tag")
     recorded = {**getattr(backbone, "_model_args", {}), **given}
-    return copy.deepcopy({key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS})
+    kept = {key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS}
+    return {
+        "backbone": f"{architecture}.{tag}" if pretrained and tag and ":" not in name else architecture,
+        "backbone_kwargs": copy.deepcopy(kept),
+    }
 
 
 def _label_names(backbone: nn.Module) -> dict[str, Any] | None:

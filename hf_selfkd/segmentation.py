@@ -1,17 +1,19 @@
 """Multi-exit models for semantic segmentation: a timm backbone, a feature pyramid, a head and auxiliary heads."""
 
+import math
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SegformerImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from .backbone import create_backbone
-from .bifpn import BiFPN, PyramidHead, SegmentationHead, deepest_resolutions, resize
+from .bifpn import PyramidHead, SegmentationHead, SegmentationPyramid, deepest_resolutions, resize
 from .configuration import MultiExitConfig
+from .creation import create_backbone
 from .functional import cross_entropy, resize_logits
-from .modeling import MultiExitPreTrainedModel, _resolved_kwargs
+from .modeling import MultiExitPreTrainedModel, _describe
 from .outputs import MultiExitOutput
 
 # Layers and levels of EfficientDet-D0, which FRSKD distils (section 4.3): P2 to P5 are maps of the backbone, P6 and P7
@@ -23,8 +25,8 @@ NUM_POOLED_LEVELS = 2
 class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
     """A timm backbone under a bidirectional feature pyramid; its head is the deepest exit.
 
-    The auxiliary exits are convolutional heads on the maps of the backbone's stages. Images may have any size that the
-    backbone takes.
+    The auxiliary exits are convolutional heads on the maps of the backbone's stages. Images may have any size: they
+    are padded at bottom and right to a multiple of the backbone's stride, mostly 32, and the logits cropped.
 
     Args:
         config: What to build.
@@ -37,6 +39,7 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
     """
 
     task = "image-segmentation"
+    model_tags = ["multi-exit", "self-distillation", "semantic-segmentation", "timm"]
 
     def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
         for name in ("exit_width", "exit_policy", "early_exit"):
@@ -56,11 +59,12 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                 "swin_tiny_patch4_window7_224."
             )
         self.backbone.prune_intermediate_layers(list(range(len(stages))), prune_norm=True, prune_head=True)
+        deepest = stages[self.levels[-1]]
+        self.stride = 2 ** round(math.log2(deepest.image_size[0] / deepest.size[0]))
         width = config.pyramid_width
         channels = [stages[level].channels for level in self.levels]
         channels += NUM_POOLED_LEVELS * channels[-1:]
-        widths = [width] * len(channels)
-        self.pyramid = nn.Sequential(BiFPN(widths, channels), *(BiFPN(widths) for _ in range(NUM_LAYERS - 1)))
+        self.pyramid = SegmentationPyramid(width, self.num_levels, NUM_LAYERS, channels)
         self.head = PyramidHead(width, self.num_levels, config.num_labels)
         self.exits = nn.ModuleList(
             SegmentationHead(stages[stage].channels, width, config.num_labels) for stage in self.exit_stages
@@ -76,7 +80,12 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
             num_labels: Number of classes, void not counted.
             pretrained: Whether to fetch timm's weights.
             config: Fields of :class:`MultiExitConfig`.
+
+        Raises:
+            ValueError: As the constructor does.
         """
+        if "num_classes" in (config.get("backbone_kwargs") or {}):
+            raise ValueError("Give the number of classes as num_labels, not in backbone_kwargs.")
         backbone_kwargs = dict(config.pop("backbone_kwargs", None) or {})
         model = create_backbone(
             backbone,
@@ -86,12 +95,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
             pretrained=pretrained,
             **backbone_kwargs,
         )
-        architecture, tag = model.pretrained_cfg["architecture"], model.pretrained_cfg.get("tag")
-        built = MultiExitConfig(
-            backbone=f"{architecture}.{tag}" if pretrained and tag else architecture,
-            backbone_kwargs=_resolved_kwargs(model, backbone_kwargs),
-            **({"num_labels": num_labels} | config),
-        )
+        labels = {"num_labels": num_labels}
+        built = MultiExitConfig(**_describe(model, backbone, pretrained, backbone_kwargs), **(labels | config))
         return cls(built, backbone=model)
 
     @property
@@ -120,7 +125,9 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         """
         if labels is not None:
             labels = self._checked(labels, pixel_values)
-        maps = self.backbone.forward_intermediates(pixel_values, intermediates_only=True)
+        height, width = pixel_values.shape[-2:]
+        padded = F.pad(pixel_values, (0, -width % self.stride, 0, -height % self.stride))
+        maps = self.backbone.forward_intermediates(padded, intermediates_only=True)
         pyramid = self.pyramid(self._levels_of(maps))
         size = pyramid[0].shape[-2:]
         exit_logits = []
@@ -128,15 +135,21 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
             stage_map = maps[stage].detach() if self.detach_exits else maps[stage]
             exit_logits.append(resize_logits(head(stage_map), size))
         exit_logits.append(self.head(pyramid))
-        output = MultiExitOutput(logits=exit_logits[-1], exit_logits=tuple(exit_logits))
-        if self.training or output_hidden_states:
-            output.exit_maps = pyramid
+        height, width = (
+            -(-side * cells // whole)
+            for side, cells, whole in zip((height, width), size, padded.shape[-2:], strict=True)
+        )
+        exit_logits = [logits[..., :height, :width] for logits in exit_logits]
+        is_ensemble = self.config.ensemble and not self.training
+        logits = torch.stack(exit_logits).mean(dim=0) if is_ensemble else exit_logits[-1]
+        output = MultiExitOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            exit_logits=tuple(exit_logits),
+            exit_maps=pyramid if self.training or output_hidden_states else None,
+        )
         if self.training and self.scaffold is not None:
             output.scaffold = self.scaffold(pixel_values, output)
-        if not self.training and self.config.ensemble:
-            output.logits = output.ensemble_logits
-        if labels is not None:
-            output.loss = cross_entropy(output.logits, labels)
         return output if return_dict is not False else output.to_tuple()
 
     def _levels_of(self, maps: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..bifpn import BiFPN, PyramidHead, deepest_resolutions
+from ..bifpn import BiFPN, PyramidHead, SegmentationPyramid, deepest_resolutions
 from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
@@ -56,13 +56,15 @@ class SegmentationSelfTeacher(nn.Module):
 
     def __init__(self, width: int, num_levels: int, num_labels: int):
         super().__init__()
-        self.pyramid = nn.Sequential(BiFPN([width] * num_levels), BiFPN([width] * num_levels))
+        self.pyramid = SegmentationPyramid(width, num_levels, num_layers=2)
         self.head = PyramidHead(width, num_levels, num_labels)
 
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """Return what :class:`SelfTeacher` returns, ``logits`` being ``(batch, classes, height, width)``."""
         teacher_maps = self.pyramid(output.exit_maps)
-        return {"logits": self.head(teacher_maps), "teacher_maps": teacher_maps, "student_maps": output.exit_maps}
+        height, width = output.logits.shape[-2:]  # the maps may be larger, because the image was padded
+        logits = self.head(teacher_maps)[..., :height, :width]
+        return {"logits": logits, "teacher_maps": teacher_maps, "student_maps": output.exit_maps}
 
 
 @dataclass(frozen=True, kw_only=True)
