@@ -104,7 +104,8 @@ class LabelledMaps(torch.utils.data.Dataset):
         row = self.rows[index]
         image, label = row["image"].convert("RGB"), label_map(row["label"])
         if (image.height, image.width) != label.shape:
-            raise ValueError(f"the image has {image.height}x{image.width} pixels, but its label map {label.shape}.")
+            height, width = label.shape
+            raise ValueError(f"the image has {image.height}x{image.width} pixels, but its label map {height}x{width}.")
         image, label = self.transform(tv_tensors.Image(v2.functional.pil_to_tensor(image)), tv_tensors.Mask(label))
         return {"pixel_values": image.as_subclass(torch.Tensor), "labels": label.as_subclass(torch.Tensor)}
 

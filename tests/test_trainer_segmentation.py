@@ -56,8 +56,9 @@ def test_terms_add_up_and_metrics_equal_scikit_learn(train_segmenter, maps, meth
 
 
 def test_learns_the_two_halves(train_segmenter):
-    trainer = train_segmenter("frskd", num_train_epochs=30, per_device_train_batch_size=7, learning_rate=0.02)
-    assert trainer.evaluate()["eval_pixel_accuracy"] > 0.9
+    trainer = train_segmenter("frskd", num_train_epochs=24, per_device_train_batch_size=7, learning_rate=0.02)
+    losses = [logs["loss/label"] for logs in trainer.state.log_history if "loss/label" in logs]
+    assert losses[-1] < losses[0] / 2
 
 
 def test_predict_returns_all_logits_and_the_same_metrics(train_segmenter, maps):
