@@ -132,15 +132,6 @@ def smooth_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     return labels * (1 - smoothing) + labels.sum(dim=-1, keepdim=True) * (smoothing / num_classes)
 
 
-def sigmoid_ramp(progress: float) -> float:
-    """Rise from ``exp(-5)`` to 1 as ``exp(-5 (1 - progress)^2)``, 1 from there on (Laine & Aila, ICLR 2017).
-
-    Args:
-        progress: Share of the ramp that is behind, at least 0.
-    """
-    return math.exp(-5 * (1 - min(progress, 1)) ** 2)
-
-
 def add(terms: Iterable[Tensor]) -> Tensor:
     """Sum scalars into one; none of them gives a 0 tensor, so that a term is always a tensor."""
     terms = list(terms)

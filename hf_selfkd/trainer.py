@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
-from .configuration import MultiExitConfig
 from .functional import add, cross_entropy, smooth_labels
 from .methods import Method, get_method
 from .outputs import MultiExitOutput
@@ -205,7 +204,10 @@ class SelfDistillationTrainer(Trainer):
 
     def _get_dataloader(self, dataset, description, *args, **kwargs):
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            dataset = SeededDataset(dataset, self.args.seed, self.model.config, description.lower())
+            config = self.model.config
+            dataset = SeededDataset(
+                dataset, self.args.seed, config.num_labels, description.lower(), config.semantic_loss_ignore_index
+            )
             if kwargs.get("is_training"):
                 self._seeded_dataset = dataset
         return super()._get_dataloader(dataset, description, *args, **kwargs)
@@ -272,19 +274,20 @@ class SeededDataset(Dataset):
     Args:
         dataset: Indexed from 0, gives dictionaries.
         seed: Of the run.
-        config: The model's: ``labels`` must be below ``num_labels``, or void.
+        num_labels: Class indices in ``labels`` must be below it.
         name: What the data is called in errors.
+        ignore_index: What void pixels of label maps are marked with, beside -100.
 
     Raises:
         ValueError: If a sample cannot be read, its label is no class, or its label map has another size than its
             image; names the index.
     """
 
-    def __init__(self, dataset, seed: int, config: MultiExitConfig, name: str):
+    def __init__(self, dataset, seed: int, num_labels: int, name: str, ignore_index: int = 255):
         self.dataset = dataset
         self.seed = seed
-        self.num_labels = config.num_labels
-        self.void = (-100, config.semantic_loss_ignore_index)
+        self.num_labels = num_labels
+        self.void = (-100, ignore_index)
         self.name = name
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that stay alive must see it change
 
