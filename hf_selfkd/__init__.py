@@ -1,6 +1,7 @@
 """Multi-exit timm networks that teach themselves and stop early."""
 
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSemanticSegmentation
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from ._version import __version__ as __version__
 from .calibration import calibrate
@@ -11,6 +12,7 @@ from .export import export_exit
 from .methods import Method, get_method, list_methods
 from .modeling import MultiExitForImageClassification
 from .outputs import EarlyExitOutput, MultiExitOutput
+from .segmentation import MultiExitForSemanticSegmentation
 from .trainer import SelfDistillationTrainer
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Method",
     "MultiExitConfig",
     "MultiExitForImageClassification",
+    "MultiExitForSemanticSegmentation",
     "MultiExitOutput",
     "SelfDistillationTrainer",
     "calibrate",
@@ -30,7 +33,11 @@ __all__ = [
 
 AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig)
 AutoModelForImageClassification.register(MultiExitConfig, MultiExitForImageClassification)
+AutoModelForSemanticSegmentation.register(MultiExitConfig, MultiExitForSemanticSegmentation)
+# Where pipeline("image-segmentation") looks for the models it supports, registered ones left out.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[MultiExitConfig.model_type] = MultiExitForSemanticSegmentation.__name__
 
 # Checkpoints carry the modules that build them, for those who load with trust_remote_code and without this library.
 MultiExitConfig.register_for_auto_class()
 MultiExitForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MultiExitForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")

@@ -33,6 +33,7 @@ class MultiExitConfig(PreTrainedConfig):
             quarter, half and three quarters of its depth, of a hierarchical one the last stage of each of the three
             resolutions before the final one. ``[]``: no auxiliary exit.
         exit_width: Width of exit features; ``None``: that of the backbone's own pre-logits.
+        pyramid_width: Channels of the feature pyramid, for segmentation.
         small_input_stem: Build the stem with a 3x3 stride-1 convolution and no pooling, for 32-pixel images.
         exit_policy: A calibrated :class:`ExitPolicy` as a dictionary.
         early_exit: Whether ``forward`` in eval mode, without labels, uses the policy.
@@ -53,6 +54,7 @@ class MultiExitConfig(PreTrainedConfig):
     backbone_kwargs: dict[str, Any] | None = None
     exits: list[int] | None = None
     exit_width: int | None = None
+    pyramid_width: int = 64
     small_input_stem: bool = False
     exit_policy: dict[str, Any] | None = None
     early_exit: bool = False
@@ -82,6 +84,8 @@ class MultiExitConfig(PreTrainedConfig):
             self._check_exits()
         if self.exit_width is not None and (not _is_whole_number(self.exit_width) or self.exit_width < 1):
             raise ValueError(f"exit_width must be a positive whole number or None, but got {self.exit_width!r}.")
+        if not _is_whole_number(self.pyramid_width) or self.pyramid_width < 1:
+            raise ValueError(f"pyramid_width must be a positive whole number, but got {self.pyramid_width!r}.")
         for name in ("small_input_stem", "early_exit", "ensemble"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, but got {getattr(self, name)!r}.")

@@ -1,7 +1,8 @@
 """The arithmetic of the methods: pure functions of tensors, each once.
 
 Everything that exponentiates or divides runs in float32, also under autocast. Losses are means per sample, so that
-nothing depends on batch size, gradient accumulation or number of processes.
+nothing depends on batch size, gradient accumulation or number of processes. For segmentation they are means over the
+labelled pixels of an image, then over images.
 """
 
 import math
@@ -17,7 +18,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over what is labelled; 0 where nothing is.
 
     Args:
-        logits: ``(batch, classes)`` or ``(batch, classes, height, width)``.
+        logits: ``(batch, classes)`` or ``(batch, classes, height, width)``, which is interpolated to the size of
+            the labels.
         labels: Class indices ``(batch,)`` or ``(batch, height, width)``, -100 where there is no label; or class
             probabilities shaped like ``logits``, as label smoothing, mixup and cutmix make them.
 
@@ -28,6 +30,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         ValueError: If ``labels`` has neither of these shapes.
     """
     logits = logits.float()
+    if logits.dim() == 4:
+        logits = resize_logits(logits, labels.shape[-2:])
     if labels.is_floating_point() and labels.shape == logits.shape:
         total = F.cross_entropy(logits, labels.float(), reduction="sum")
         return total / (labels.sum(dim=1) > 0).sum().clamp(min=1)
@@ -37,11 +41,27 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
             f"shaped {tuple(logits.shape)}, but got {labels.dtype} labels shaped {tuple(labels.shape)}."
         )
     labels = labels.long()
+    if labels.dim() == 3:
+        return _pixel_mean(F.cross_entropy(logits, labels, ignore_index=-100, reduction="none"), labels != -100)
     total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     return total / (labels != -100).sum().clamp(min=1)
 
 
-def soften_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Interpolate logits ``(batch, classes, height, width)`` bilinearly to another height and width."""
+    if logits.shape[-2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _pixel_mean(values: Tensor, mask: Tensor) -> Tensor:
+    counts = mask.flatten(1).sum(dim=1).clamp(min=1)
+    return ((values * mask).flatten(1).sum(dim=1) / counts).mean()
+
+
+def soften_kl(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
     """Kullback-Leibler divergence from softened teacher to softened student, times the squared temperature.
 
     ``T^2 * mean_b sum_c p_t (log p_t - log p_s)`` with ``p = softmax(logits / T)`` (Hinton et al. 2015, section 2).
@@ -52,6 +72,7 @@ def soften_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float
         student_logits: ``(batch, classes)``, or ``(batch, classes, height, width)`` for a mean over pixels.
         teacher_logits: Shaped like ``student_logits``.
         temperature: Divides both logits, above 0.
+        mask: ``(batch, height, width)``, true for the pixels that count; ``None`` for all.
 
     Returns:
         A scalar, 0 where both agree.
@@ -59,10 +80,10 @@ def soften_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     divergence = F.kl_div(
         F.log_softmax(student_logits.float() / temperature, dim=1),
         F.log_softmax(teacher_logits.detach().float() / temperature, dim=1),
-        reduction="sum",
+        reduction="none",
         log_target=True,
-    )
-    return divergence * (temperature**2 * student_logits.shape[1] / student_logits.numel())
+    ).sum(dim=1)
+    return temperature**2 * (divergence.mean() if mask is None else _pixel_mean(divergence, mask))
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .exits import ConvExit, TokenExit
 from .functional import cross_entropy
 from .outputs import EarlyExitOutput, MultiExitOutput
 from .pretrained import MultiExitPreTrainedModel
-from .records import label_names, resolved_kwargs
+from .records import describe, label_names
 from .shrinking import EarlyExit, can_shrink
 from .tail import Tail, copy_tail
 
@@ -96,13 +96,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         labels = {"num_labels": model.num_classes}
         if pretrained and num_labels is None and "id2label" not in config:
             labels = label_names(model) or labels
-        architecture = model.pretrained_cfg["architecture"]
-        tag = model.pretrained_cfg.get("tag")
-        built = MultiExitConfig(
-            backbone=f"{architecture}.{tag}" if pretrained and tag and ":" not in backbone else architecture,
-            backbone_kwargs=resolved_kwargs(model, backbone_kwargs),
-            **(labels | config),
-        )
+        built = MultiExitConfig(**describe(model, backbone, pretrained, backbone_kwargs), **(labels | config))
         return cls(built, backbone=model)
 
     def forward(

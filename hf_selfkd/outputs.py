@@ -16,11 +16,12 @@ class MultiExitOutput(ModelOutput):
         logits: ``(batch, classes)`` of the deepest exit (in eval mode the mean over exits, if ``config.ensemble``);
             for segmentation ``(batch, classes, height, width)``.
         exit_logits: One tensor like ``logits`` per exit, the deepest included.
-        exit_features: Pooled vectors that enter each exit's classifier, each ``(batch, exit_width)``.
-        exit_maps: Maps of all stages, each ``(batch, channels, height, width)``; in training, or with
-            ``output_hidden_states=True``.
+        exit_features: Pooled vectors that enter each exit's classifier, each ``(batch, exit_width)``; for
+            classification only.
+        exit_maps: Maps of all stages, for segmentation of all levels of the pyramid, each ``(batch, channels, height,
+            width)``; in training, or with ``output_hidden_states=True``.
         stage_outputs: What the stages handed on, in the backbone's own layout and with prefix tokens, from which
-            ``exit_maps`` are views; when these are given.
+            ``exit_maps`` are views; when these are given, for classification only.
         scaffold: What ``model.scaffold`` returned, in training only.
     """
 

@@ -20,6 +20,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     model_tags = ["multi-exit", "self-distillation", "early-exit", "timm"]
+    task = "image-classification"
 
     # Set by the trainer, or in your own loop: exits read detached maps, so that the backbone learns as without them.
     detach_exits = False
@@ -80,7 +81,12 @@ class MultiExitPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
-        self.backbone.set_grad_checkpointing(enable)
+        try:
+            self.backbone.set_grad_checkpointing(enable)
+        except AssertionError as error:
+            raise ValueError(
+                f"timm's {type(self.backbone).__name__} has no gradient checkpointing ({error}). Train without it."
+            ) from error
 
     def get_input_embeddings(self):
         """Images have no token embeddings."""

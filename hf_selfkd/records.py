@@ -17,10 +17,22 @@ def data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.items()}
 
 
-def resolved_kwargs(backbone: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that rebuild the backbone, those that a Hub repository brought included."""
+def describe(backbone: nn.Module, name: str, pretrained: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration that rebuild the backbone, with what a Hub repository brought.
+
+    Args:
+        backbone: What timm built.
+        name: What it was built from; of a Hub repository or folder the tag is not timm's and left out.
+        pretrained: Whether it has the weights that its tag names.
+        given: The arguments it was built with.
+    """
+    architecture, tag = backbone.pretrained_cfg["architecture"], backbone.pretrained_cfg.get("tag")
     recorded = {**getattr(backbone, "_model_args", {}), **given}
-    return copy.deepcopy({key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS})
+    kept = {key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS}
+    return {
+        "backbone": f"{architecture}.{tag}" if pretrained and tag and ":" not in name else architecture,
+        "backbone_kwargs": copy.deepcopy(kept),
+    }
 
 
 def label_names(backbone: nn.Module) -> dict[str, Any] | None:

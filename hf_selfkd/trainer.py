@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput
 from .functional import add, cross_entropy, smooth_labels
 from .methods import Method, get_method
 from .outputs import MultiExitOutput
+from .pixel_metrics import compute_pixel_metrics, reduce_to_pixel_counts
 
 SCAFFOLD_NAME = "scaffold.safetensors"
 EMA_NAME = "ema.safetensors"
@@ -32,7 +33,9 @@ class SelfDistillationTrainer(Trainer):
     Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
     ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and ``eval_accuracy`` of the deepest
     exit, ``eval_loss_exit_<i>`` and ``eval_accuracy_exit_<i>`` of every exit from 0, shallow to deep, and
-    ``eval_accuracy_ensemble``, of the mean of all logits.
+    ``eval_accuracy_ensemble``, of the mean of all logits; for segmentation ``mean_iou`` and ``pixel_accuracy`` in the
+    place of ``accuracy``. ``labels`` of segmentation are maps of class indices, in which
+    ``config.semantic_loss_ignore_index`` is void.
 
     Every training sample is drawn under random states that depend on seed, epoch and index only, so that neither a
     resumed run nor the number of workers changes the augmentation.
@@ -85,7 +88,7 @@ class SelfDistillationTrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter gets a gradient in every step
         if model is not None:
-            self._attach_method(model, args.seed)
+            self._attach_method(model, args)
         if compute_metrics is None:
             compute_metrics = compute_exit_metrics
             kwargs.setdefault("preprocess_logits_for_metrics", reduce_to_exit_metrics)
@@ -95,21 +98,26 @@ class SelfDistillationTrainer(Trainer):
         if self.average is not None:
             self.add_callback(self.average)
 
-    def _attach_method(self, model: nn.Module, seed: int) -> None:
+    def _attach_method(self, model: nn.Module, args: TrainingArguments) -> None:
         if not hasattr(model, "num_exits"):
             raise ValueError(
                 f"SelfDistillationTrainer needs a multi-exit model, but got {type(model).__name__}. "
                 "Build one with MultiExitForImageClassification.from_backbone."
             )
         self.method.check(model)
-        torch.manual_seed(seed)  # the scaffold starts equal on all processes
+        if model.task == "image-segmentation" and (args.label_smoothing_factor or self.mix is not None):
+            raise ValueError(
+                "label_smoothing_factor and mix are for image classification, but the model is one for segmentation. "
+                "Leave them out."
+            )
+        torch.manual_seed(args.seed)  # the scaffold starts equal on all processes
         model.detach_exits = self.method.detach_exits
         model.scaffold = self.method.scaffold(model)
 
     def call_model_init(self, trial=None) -> nn.Module:
         """Build the model with ``model_init``, for each trial of a search, and give it the method's scaffold."""
         model = super().call_model_init(trial)
-        self._attach_method(model, self.args.seed)
+        self._attach_method(model, self.args)
         return model
 
     # The loss
@@ -185,9 +193,21 @@ class SelfDistillationTrainer(Trainer):
 
     # Data
 
+    def _prepare_inputs(self, inputs):
+        """Move a batch to the device; void pixels of label maps become -100."""
+        inputs = super()._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        if labels is not None and labels.dim() == 3:
+            void = labels == self.model.config.semantic_loss_ignore_index
+            inputs["labels"] = labels.long().masked_fill(void, -100)
+        return inputs
+
     def _get_dataloader(self, dataset, description, *args, **kwargs):
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            dataset = SeededDataset(dataset, self.args.seed, self.model.config.num_labels, description.lower())
+            config = self.model.config
+            dataset = SeededDataset(
+                dataset, self.args.seed, config.num_labels, description.lower(), config.semantic_loss_ignore_index
+            )
             if kwargs.get("is_training"):
                 self._seeded_dataset = dataset
         return super()._get_dataloader(dataset, description, *args, **kwargs)
@@ -256,15 +276,18 @@ class SeededDataset(Dataset):
         seed: Of the run.
         num_labels: Class indices in ``labels`` must be below it.
         name: What the data is called in errors.
+        ignore_index: What void pixels of label maps are marked with, beside -100.
 
     Raises:
-        ValueError: If a sample cannot be read or its label is no class; names the index.
+        ValueError: If a sample cannot be read, its label is no class, or its label map has another size than its
+            image; names the index.
     """
 
-    def __init__(self, dataset, seed: int, num_labels: int, name: str):
+    def __init__(self, dataset, seed: int, num_labels: int, name: str, ignore_index: int = 255):
         self.dataset = dataset
         self.seed = seed
         self.num_labels = num_labels
+        self.void = (-100, ignore_index)
         self.name = name
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that stay alive must see it change
 
@@ -294,7 +317,23 @@ class SeededDataset(Dataset):
                 f"Sample {index} of the {self.name} data has label {label}, but the model has {self.num_labels} "
                 f"classes (0 to {self.num_labels - 1}). Build the model with num_labels of the data."
             )
+        if getattr(label, "ndim", 0) == 2:
+            self._check_map(index, torch.as_tensor(label), sample["pixel_values"].shape[-2:])
         return sample
+
+    def _check_map(self, index: int, label: Tensor, image_size: Sequence[int]) -> None:
+        if label.shape != image_size:
+            raise ValueError(
+                f"Sample {index} of the {self.name} data has a label map of {tuple(label.shape)} pixels, but an image "
+                f"of {tuple(image_size)}. Transform both together."
+            )
+        wrong = set(label.unique().tolist()) - set(range(self.num_labels)) - set(self.void)
+        if wrong:
+            raise ValueError(
+                f"Sample {index} of the {self.name} data has a pixel of class {min(wrong)}, but the model has "
+                f"{self.num_labels} classes (0 to {self.num_labels - 1}) and ignores {self.void[1]}. Build the model "
+                "with num_labels and semantic_loss_ignore_index of the data."
+            )
 
 
 @contextmanager
@@ -416,11 +455,14 @@ def reduce_to_exit_metrics(predictions: tuple, labels: Tensor) -> Tensor:
 
     Args:
         predictions: Logits ``(batch, classes)`` and a tuple of the exits' logits, as the Trainer passes them.
-        labels: Class indices ``(batch,)``, -100 where there is no label.
+        labels: Class indices ``(batch,)``, -100 where there is no label; or maps of them ``(batch, height, width)``.
 
     Returns:
-        ``(batch, exits + 1, 2)``: cross-entropy and whether the answer is right, per exit and of the ensemble.
+        ``(batch, exits + 1, 2)``: cross-entropy and whether the answer is right, per exit and of the ensemble; for
+        segmentation what :func:`reduce_to_pixel_counts` returns.
     """
+    if labels.ndim == 3:
+        return reduce_to_pixel_counts(predictions[1], torch.as_tensor(labels))
     exit_logits = [torch.as_tensor(logits).float() for logits in predictions[1]]
     labels = torch.as_tensor(labels, device=exit_logits[0].device)
     columns = []
@@ -431,10 +473,15 @@ def reduce_to_exit_metrics(predictions: tuple, labels: Tensor) -> Tensor:
 
 
 def compute_exit_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Compute cross-entropy and accuracy of every exit, and the ensemble's accuracy, over labelled images."""
+    """Compute cross-entropy and accuracy of every exit, and the ensemble's accuracy, over labelled images.
+
+    For segmentation: mean IoU and pixel accuracy.
+    """
     reduced = prediction.predictions
     if isinstance(reduced, tuple):
         reduced = reduce_to_exit_metrics(reduced, prediction.label_ids).numpy()
+    if prediction.label_ids.ndim == 3:
+        return compute_pixel_metrics(reduced)
     labelled = prediction.label_ids != -100
     means = reduced[labelled].astype(np.float64).mean(axis=0) if labelled.any() else np.zeros(reduced.shape[1:])
     *exits, ensemble = means.tolist()

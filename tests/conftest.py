@@ -9,7 +9,12 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, SelfDistillationTrainer
+from hf_selfkd import (
+    MultiExitForImageClassification,
+    MultiExitForSemanticSegmentation,
+    MultiExitOutput,
+    SelfDistillationTrainer,
+)
 
 _VECTORS = {
     entry["id"]: entry for entry in json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]
@@ -70,6 +75,18 @@ def build():
         return MultiExitForImageClassification.from_backbone(backbone, **config)
 
     return build
+
+
+@pytest.fixture
+def build_segmenter():
+    """Build a small segmentation model with five classes, in training mode."""
+
+    def build_segmenter(backbone="test_resnet", **config):
+        torch.manual_seed(0)
+        config = {"num_labels": 5, "pyramid_width": 8} | config
+        return MultiExitForSemanticSegmentation.from_backbone(backbone, **config).train()
+
+    return build_segmenter
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ def imports(path: Path) -> tuple[set[str], set[str]]:
 
 
 def shipped_modules() -> set[str]:
-    """Return the modules that a checkpoint carries: modeling and what it imports, directly or not."""
-    found, pending = set(), ["modeling", "configuration"]
+    """Return the modules that a checkpoint carries: the models and what they import, directly or not."""
+    found, pending = set(), ["modeling", "segmentation", "configuration"]
     while pending:
         name = pending.pop()
         if name not in found:

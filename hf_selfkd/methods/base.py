@@ -26,12 +26,14 @@ class Method:
             learns as without them. The trainer adds their label loss as the term ``exits``. A property where it
             depends on a hyper-parameter.
         min_exits: Exits the method needs, the deepest included.
+        tasks: Which models it can train, by their ``task``.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     detach_exits: ClassVar[bool] = False
     min_exits: ClassVar[int] = 1
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
 
     def __init_subclass__(cls, *, registered: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -74,6 +76,12 @@ class Method:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if ``model`` cannot be trained with this method."""
+        if model.task not in self.tasks:
+            able = sorted(name for name, method in _METHODS.items() if model.task in method.tasks)
+            raise ValueError(
+                f"{type(self).__name__} trains models for {' and '.join(self.tasks)}, but {type(model).__name__} is "
+                f"one for {model.task}. For that use {', '.join(able)}."
+            )
         if model.num_exits < self.min_exits:
             raise ValueError(
                 f"{type(self).__name__} needs at least {self.min_exits} exits, but the model has {model.num_exits}. "

@@ -21,6 +21,7 @@ class DeepSupervision(Method):
     name: ClassVar[str] = "deep_supervision"
     paper: ClassVar[str] = "https://arxiv.org/abs/1409.5185"
     min_exits: ClassVar[int] = 2
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
         """Return ``label``, the cross-entropies of all exits added up."""

@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..bifpn import BiFPN
-from ..functional import add, attention_loss, cross_entropy, soften_kl
+from ..bifpn import BiFPN, PyramidHead, SegmentationPyramid, deepest_resolutions
+from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
 
+# The authors' values: their command line for CIFAR-100, their code for VOC.
+_CLASSIFICATION = {"alpha": 2.0, "beta": 100.0, "temperature": 4.0, "ramp_start": None, "ramp_end": None}
+_SEGMENTATION = {"alpha": 1.0, "beta": 50.0, "temperature": 1.0, "ramp_start": 40.0, "ramp_end": 60.0}
+
 
 class SelfTeacher(nn.Module):
-    """BiFPNc and a classifier on its deepest map (FRSKD, section 3.1).
+    """For classification: BiFPNc and a classifier on its deepest map (FRSKD, section 3.1).
 
     Args:
         channels: Channels of the stages it reads, shallow to deep.
@@ -40,45 +45,91 @@ class SelfTeacher(nn.Module):
         return {"logits": logits, "teacher_maps": teacher_maps, "student_maps": student_maps}
 
 
+class SegmentationSelfTeacher(nn.Module):
+    """For segmentation: two more layers on the network's own pyramid and a second head (FRSKD, section 4.3).
+
+    Args:
+        width: Channels of the pyramid.
+        num_levels: Levels of the pyramid.
+        num_labels: Number of classes.
+    """
+
+    def __init__(self, width: int, num_levels: int, num_labels: int):
+        super().__init__()
+        self.pyramid = SegmentationPyramid(width, num_levels, num_layers=2)
+        self.head = PyramidHead(width, num_levels, num_labels)
+
+    def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        """Return what :class:`SelfTeacher` returns, ``logits`` being ``(batch, classes, height, width)``."""
+        teacher_maps = self.pyramid(output.exit_maps)
+        height, width = output.logits.shape[-2:]  # the maps may be larger, because the image was padded
+        logits = self.head(teacher_maps)[..., :height, :width]
+        return {"logits": logits, "teacher_maps": teacher_maps, "student_maps": output.exit_maps}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FRSKD(Method):
     """Refine Myself by Teaching Myself (Ji et al., CVPR 2021): https://arxiv.org/abs/2103.08273.
 
     The self-teacher reads the last stage of each of the four deepest resolutions of a hierarchical backbone (of a
-    ResNet its four stages, without the stem), and the stages after each quarter of an isotropic one.
+    ResNet its four stages, without the stem), and the stages after each quarter of an isotropic one. In segmentation
+    it reads all levels of the pyramid.
+
+    Hyper-parameters left at ``None`` are the authors': for classification those for CIFAR-100, for segmentation those
+    for VOC.
 
     Args:
-        alpha: Weight of the soft labels, at least 0; ``None`` is the authors' for CIFAR-100, 2.
-        beta: Weight of the attention loss, at least 0; ``None`` is the authors' for CIFAR-100, 100. It belongs to the
-            mean over pixels of their code; the paper writes a norm.
-        temperature: Softens both sets of logits, above 0; ``None`` is the authors', 4. Its square multiplies the
+        alpha: Weight of the soft labels, at least 0; ``None`` is 2, for segmentation 1.
+        beta: Weight of the attention loss, at least 0; ``None`` is 100, for segmentation 50. It belongs to the mean
+            over pixels of the authors' code; the paper writes a norm.
+        temperature: Softens both sets of logits, above 0; ``None`` is 4, for segmentation 1. Its square multiplies the
             divergence, as in their code.
-        width_multiplier: Width of the self-teacher's levels over that of the stages, above 0.
+        ramp_start: Epoch before which nothing is distilled, at least 0; ``None`` is no ramp, for segmentation 40.
+        ramp_end: Epoch from which all is distilled, above ``ramp_start``; ``None`` is no ramp, for segmentation 60,
+            the end of the authors' run.
+        width_multiplier: Width of the self-teacher's levels over that of the stages, above 0; in segmentation they are
+            as wide as the pyramid.
+        mask_void: In segmentation, whether unlabelled pixels are left out of the soft labels. The authors' code counts
+            them.
     """
 
     name: ClassVar[str] = "frskd"
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.08273"
     detach_exits: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 
     alpha: float | None = None
     beta: float | None = None
     temperature: float | None = None
+    ramp_start: float | None = None
+    ramp_end: float | None = None
     width_multiplier: float = 2.0
+    mask_void: bool = True
 
     def __post_init__(self):
-        for name in ("alpha", "beta"):
+        for name in ("alpha", "beta", "ramp_start"):
             if getattr(self, name) is not None:
                 check_range(self, name, 0)
         if self.temperature is not None:
             check_range(self, "temperature", 0, strict=True)
+        if (self.ramp_start is None) != (self.ramp_end is None):
+            raise ValueError(
+                f"FRSKD needs ramp_start and ramp_end together, but got ramp_start={self.ramp_start!r} and "
+                f"ramp_end={self.ramp_end!r}."
+            )
+        if self.ramp_end is not None:
+            check_range(self, "ramp_end", self.ramp_start, strict=True)
         check_range(self, "width_multiplier", 0, strict=True)
 
-    def scaffold(self, model: nn.Module) -> SelfTeacher:
-        """Build the self-teacher for the backbone of ``model``."""
+    def scaffold(self, model: nn.Module) -> SelfTeacher | SegmentationSelfTeacher:
+        """Build the self-teacher of ``model``."""
+        num_labels = model.config.num_labels
+        if model.task == "image-segmentation":
+            return SegmentationSelfTeacher(model.config.pyramid_width, model.num_levels, num_labels)
         stages = model.anatomy.stages
         levels = _choose_stages([stage.size for stage in stages])
         channels = [stages[level].channels for level in levels]
-        return SelfTeacher(channels, levels, self.width_multiplier, model.config.num_labels)
+        return SelfTeacher(channels, levels, self.width_multiplier, num_labels)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
         """Return ``label``, ``teacher``, ``logit`` and ``attention``: the losses of section 3.2.
@@ -93,21 +144,33 @@ class FRSKD(Method):
                 "FRSKD was called without its self-teacher. Train with SelfDistillationTrainer, "
                 "or set model.scaffold = method.scaffold(model)."
             )
-        alpha = 2.0 if self.alpha is None else self.alpha
-        beta = 100.0 if self.beta is None else self.beta
-        temperature = 4.0 if self.temperature is None else self.temperature
         logits, teacher_logits = output.exit_logits[-1], output.scaffold["logits"]
+        is_dense = logits.dim() == 4
+        alpha, beta, temperature, ramp_start, ramp_end = (
+            default if getattr(self, name) is None else getattr(self, name)
+            for name, default in (_SEGMENTATION if is_dense else _CLASSIFICATION).items()
+        )
+        mask = None
+        if is_dense:
+            logits = resize_logits(logits.float(), labels.shape[-2:])
+            teacher_logits = resize_logits(teacher_logits.float(), labels.shape[-2:])
+            mask = labels != -100 if self.mask_void else None
+        ramp = 1.0 if ramp_start is None else _ramp(epoch, ramp_start, ramp_end)
         maps = zip(output.scaffold["student_maps"], output.scaffold["teacher_maps"], strict=True)
         return {
             "label": cross_entropy(logits, labels),
             "teacher": cross_entropy(teacher_logits, labels),
-            "logit": alpha * soften_kl(logits, teacher_logits, temperature),
-            "attention": beta * add(attention_loss(student, teacher) for student, teacher in maps),
+            "logit": ramp * alpha * soften_kl(logits, teacher_logits, temperature, mask),
+            "attention": ramp * beta * add(attention_loss(student, teacher) for student, teacher in maps),
         }
 
 
+def _ramp(epoch: float, start: float, end: float) -> float:
+    # By whole epochs, as the authors' code counts them: the first one of the ramp is behind when it starts.
+    return sigmoid_ramp((floor(epoch) + 1 - start) / (end - start)) if floor(epoch) >= start else 0.0
+
+
 def _choose_stages(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    last_of = {size: index for index, size in enumerate(sizes)}
-    if len(last_of) == 1:
+    if len(set(sizes)) == 1:
         return sorted({max(0, round(len(sizes) * quarter / 4) - 1) for quarter in (1, 2, 3, 4)})
-    return sorted(last_of.values())[-4:]
+    return deepest_resolutions(sizes)

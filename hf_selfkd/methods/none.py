@@ -17,6 +17,7 @@ class NoDistillation(Method):
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "https://arxiv.org/abs/1512.03385"
     detach_exits: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
         """Return ``label``, the cross-entropy of the deepest exit."""

@@ -186,6 +186,84 @@ def test_reads_the_maps_of_the_model(build_with_teacher, batch):
         assert student is output.exit_maps[stage]
 
 
+# Segmentation
+
+
+@pytest.fixture
+def dense(build_segmenter):
+    """Return a segmentation model with its self-teacher, two images and their label maps."""
+    model = build_segmenter()
+    model.scaffold = get_method("frskd").scaffold(model)
+    labels = torch.randint(0, 5, (2, 32, 48))
+    labels[0, :10] = -100
+    return model, torch.randn(2, 3, 32, 48), labels
+
+
+def test_terms_of_segmentation_are_those_of_the_paper(dense):
+    model, images, labels = dense
+    output = model(images)
+    student, teacher = (
+        torch.nn.functional.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False)
+        for logits in (output.logits, output.scaffold["logits"])
+    )
+    terms = get_method("frskd", mask_void=False)(output, labels, 59.0)
+    for name, logits in (("label", student), ("teacher", teacher)):
+        per_image = [torch.nn.functional.cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(2)]
+        assert_close(terms[name], sum(per_image) / 2)
+    divergence = teacher.softmax(1) * (teacher.log_softmax(1) - student.log_softmax(1))
+    assert_close(terms["logit"], divergence.sum() / (2 * 32 * 48))
+    attention = 0.0
+    for own, refined in zip(output.exit_maps, output.scaffold["teacher_maps"], strict=True):
+        own, refined = (level.square().mean(1).flatten(1) for level in (own, refined))
+        unit = own / own.norm(dim=1, keepdim=True) - refined / refined.norm(dim=1, keepdim=True)
+        attention += unit.square().mean()
+    assert_close(terms["attention"], 50 * attention)
+
+
+def test_void_is_left_out_of_the_soft_labels(dense):
+    model, images, labels = dense
+    output = model(images)
+    terms = get_method("frskd")(output, labels, 59.0)
+    logits = [logits.detach().clone() for logits in (output.logits, output.scaffold["logits"])]
+    student, teacher = (
+        torch.nn.functional.interpolate(each, size=(32, 48), mode="bilinear", align_corners=False) for each in logits
+    )
+    divergence = (teacher.softmax(1) * (teacher.log_softmax(1) - student.log_softmax(1))).sum(1)
+    assert_close(terms["logit"], (divergence[0, 10:].mean() + divergence[1].mean()) / 2)
+
+
+def test_ramp_of_segmentation(dense, vector):
+    model, images, labels = dense
+    inputs, expected = vector("frskd.seg_ramp")
+    output, method = model(images), get_method("frskd")
+    full = method(output, labels, 60.0)
+    for epoch, ramp in zip(inputs["epochs"].tolist(), expected, strict=True):
+        terms = method(output, labels, epoch + 0.7)
+        for name in ("logit", "attention"):
+            assert_close(terms[name], ramp * full[name], atol=1e-4, rtol=1e-4)
+        assert terms["label"] == full["label"] and terms["teacher"] == full["teacher"]
+
+
+def test_classification_has_a_ramp_only_if_asked(vector):
+    inputs, _ = vector("frskd.total")
+    output = output_of_vectors(inputs)
+    plain, ramped = get_method("frskd"), get_method("frskd", ramp_start=2, ramp_end=4)
+    assert plain(output, inputs["labels"], 0.0)["logit"] > 0
+    assert ramped(output, inputs["labels"], 1.9)["logit"] == 0
+    assert ramped(output, inputs["labels"], 3.0)["logit"] == plain(output, inputs["labels"], 0.0)["logit"]
+
+
+def test_distillation_never_updates_the_self_teacher_of_segmentation(dense):
+    model, images, labels = dense
+    terms = get_method("frskd")(model(images), labels, 59.0)
+    own = list(model.scaffold.parameters())
+    for name in ("label", "logit", "attention"):
+        assert not any(grad is not None for grad in gradients(terms[name], own)), name
+    assert all(grad is not None for grad in gradients(terms["teacher"], own))
+    assert gradients(terms["teacher"], [next(model.backbone.parameters())])[0].abs().sum() > 0
+    assert gradients(terms["teacher"], list(model.head.parameters())) == (None,) * 6
+
+
 # Running
 
 
@@ -257,6 +335,11 @@ def test_needs_its_self_teacher(build, batch):
         ({"beta": -0.5}, "FRSKD needs beta >= 0, but got beta=-0.5."),
         ({"temperature": 0}, "FRSKD needs temperature > 0, but got temperature=0."),
         ({"width_multiplier": 0}, "FRSKD needs width_multiplier > 0, but got width_multiplier=0."),
+        ({"ramp_start": 3, "ramp_end": 3}, "FRSKD needs ramp_end > 3, but got ramp_end=3."),
+        (
+            {"ramp_start": 3},
+            "FRSKD needs ramp_start and ramp_end together, but got ramp_start=3 and ramp_end=None.",
+        ),
     ],
 )
 def test_values_out_of_range(values, message):

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix
+from torch.testing import assert_close
+
+from hf_selfkd.functional import resize_logits
+
+
+@pytest.fixture
+def maps():
+    """Return seven images of 32 pixels whose left and right half differ, with maps of two classes and void."""
+    samples = []
+    for _ in range(7):
+        labels = torch.zeros(32, 32, dtype=torch.uint8)
+        labels[:, 16:] = 1
+        pixels = torch.randn(3, 32, 32) + 2 * labels - 1
+        labels[:4] = 11
+        samples.append({"pixel_values": pixels, "labels": labels})
+    return samples
+
+
+@pytest.fixture
+def train_segmenter(build_segmenter, train, maps):
+    def train_segmenter(method, *, model=None, train_dataset=None, eval_dataset=None, **args):
+        model = model or build_segmenter(num_labels=3, semantic_loss_ignore_index=11)
+        data = {"train_dataset": train_dataset or maps, "eval_dataset": eval_dataset or maps}
+        return train(model, method, trainer_kwargs=data, **args)
+
+    return train_segmenter
+
+
+@pytest.mark.parametrize("method", ["none", "deep_supervision", "frskd"])
+def test_terms_add_up_and_metrics_equal_scikit_learn(train_segmenter, maps, method):
+    trainer = train_segmenter(method, per_device_eval_batch_size=2)
+    logs = trainer.state.log_history[0]
+    assert sum(value for name, value in logs.items() if name.startswith("loss/")) == pytest.approx(
+        logs["loss"], abs=1e-3
+    )
+    metrics = trainer.evaluate()
+    images = torch.stack([sample["pixel_values"] for sample in maps])
+    labels = torch.stack([sample["labels"] for sample in maps])
+    with torch.no_grad():
+        output = trainer.model.eval()(images, labels)
+    assert metrics["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-4)
+    known = labels != 11
+    for index, logits in enumerate(output.exit_logits):
+        answers = resize_logits(logits, (32, 32)).argmax(dim=1)
+        matrix = confusion_matrix(labels[known], answers[known], labels=[0, 1, 2])
+        union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+        mean_iou = (np.diag(matrix)[union > 0] / union[union > 0]).mean()
+        assert metrics[f"eval_mean_iou_exit_{index}"] == pytest.approx(mean_iou, abs=1e-3)
+        accuracy = np.diag(matrix).sum() / matrix.sum()
+        assert metrics[f"eval_pixel_accuracy_exit_{index}"] == pytest.approx(accuracy, abs=1e-3)
+    assert metrics["eval_mean_iou"] == metrics[f"eval_mean_iou_exit_{index}"]
+
+
+def test_learns_the_two_halves(train_segmenter):
+    trainer = train_segmenter("frskd", num_train_epochs=24, per_device_train_batch_size=7, learning_rate=0.02)
+    losses = [logs["loss/label"] for logs in trainer.state.log_history if "loss/label" in logs]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_predict_returns_all_logits_and_the_same_metrics(train_segmenter, maps):
+    trainer = train_segmenter("none")
+    metrics = trainer.evaluate()
+    prediction = trainer.predict(maps)
+    assert prediction.predictions[0].shape == (7, 3, 8, 8)
+    assert prediction.metrics["test_mean_iou"] == pytest.approx(metrics["eval_mean_iou"])
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(build_segmenter, train_segmenter, maps):
+    for sample in maps[::2]:
+        sample["labels"][:20] = 11  # other numbers of labelled pixels
+    found = []
+    for size, steps in ((6, 1), (2, 3)):
+        model = build_segmenter(num_labels=3, semantic_loss_ignore_index=11)
+        freeze_batch_norm(model)
+        args = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        found.append(train_segmenter("none", model=model, train_dataset=maps[:6], **args).model.state_dict())
+    assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+
+
+def freeze_batch_norm(model):
+    """Let batch norm use its running statistics in training, which no sample of the batch can change."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.train = lambda mode=True, module=module: module
+            module.eval()
+            module.training = False
+
+
+def test_map_of_another_size_than_its_image(train_segmenter, maps):
+    maps[3]["labels"] = maps[3]["labels"][::2, ::2]
+    with pytest.raises(
+        ValueError,
+        match=r"Sample 3 of the training data has a label map of \(16, 16\) pixels, but an image of \(32, 32\)",
+    ):
+        train_segmenter("none")
+
+
+def test_class_out_of_range(train_segmenter, maps):
+    maps[2]["labels"][0, 0] = 7
+    with pytest.raises(
+        ValueError, match=r"Sample 2 .* pixel of class 7, but the model has 3 classes \(0 to 2\) and ignores 11"
+    ):
+        train_segmenter("none")
+
+
+def test_label_smoothing_is_refused(train_segmenter):
+    with pytest.raises(ValueError, match="label_smoothing_factor and mix are for image classification"):
+        train_segmenter("none", label_smoothing_factor=0.1)
+
+
+def test_image_without_a_labelled_pixel(train_segmenter, maps):
+    for sample in maps:
+        sample["labels"][:] = 11
+    trainer = train_segmenter("frskd")
+    assert trainer.state.log_history[0]["loss/label"] == trainer.evaluate()["eval_loss"] == 0
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
