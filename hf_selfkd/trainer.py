@@ -1,27 +1,24 @@
 """A transformers Trainer that adds up the terms of a self-distillation method."""
 
 import os
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import nullcontext
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, PredictionOutput
+from transformers.trainer_utils import PredictionOutput
 
+from .averaging import WeightAverage
 from .functional import add, cross_entropy, smooth_labels
 from .methods import Method, get_method
+from .metrics import compute_exit_metrics, reduce_to_exit_metrics
 from .outputs import MultiExitOutput
-from .pixel_metrics import compute_pixel_metrics, reduce_to_pixel_counts
+from .seeding import SeededDataset
 
 SCAFFOLD_NAME = "scaffold.safetensors"
 EMA_NAME = "ema.safetensors"
@@ -217,7 +214,7 @@ class SelfDistillationTrainer(Trainer):
     def evaluation_loop(self, *args, **kwargs):
         """Evaluate the averaged weights if there are any, with batch-norm statistics that agree on all processes."""
         self._synchronise_batch_norm()
-        with self.average.applied_to(self.model) if self.average and self.is_in_train else _nothing():
+        with self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext():
             return super().evaluation_loop(*args, **kwargs)
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
@@ -265,93 +262,6 @@ class SelfDistillationTrainer(Trainer):
             self.average.final = averaged
 
 
-class SeededDataset(Dataset):
-    """Draws every sample under random states that depend on seed, epoch and index only.
-
-    The stock Trainer fetches a batch ahead of the random states it saves, and workers have their own, so that a
-    resumed run would see other augmentations.
-
-    Args:
-        dataset: Indexed from 0, gives dictionaries.
-        seed: Of the run.
-        num_labels: Class indices in ``labels`` must be below it.
-        name: What the data is called in errors.
-        ignore_index: What void pixels of label maps are marked with, beside -100.
-
-    Raises:
-        ValueError: If a sample cannot be read, its label is no class, or its label map has another size than its
-            image; names the index.
-    """
-
-    def __init__(self, dataset, seed: int, num_labels: int, name: str, ignore_index: int = 255):
-        self.dataset = dataset
-        self.seed = seed
-        self.num_labels = num_labels
-        self.void = (-100, ignore_index)
-        self.name = name
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that stay alive must see it change
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Return a batch of samples; putting the random states back once is cheaper than after each."""
-        with _kept_random_states():
-            return [self._draw(index) for index in indices]
-
-    def _draw(self, index: int) -> dict[str, Any]:
-        seed = int(np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1, np.uint32)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
-        try:
-            sample = self.dataset[index]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Sample {index} of the {self.name} data cannot be read: {error}") from error
-        label = sample.get("labels")
-        if isinstance(label, (int, np.integer)) and label != -100 and not 0 <= label < self.num_labels:
-            raise ValueError(
-                f"Sample {index} of the {self.name} data has label {label}, but the model has {self.num_labels} "
-                f"classes (0 to {self.num_labels - 1}). Build the model with num_labels of the data."
-            )
-        if getattr(label, "ndim", 0) == 2:
-            self._check_map(index, torch.as_tensor(label), sample["pixel_values"].shape[-2:])
-        return sample
-
-    def _check_map(self, index: int, label: Tensor, image_size: Sequence[int]) -> None:
-        if label.shape != image_size:
-            raise ValueError(
-                f"Sample {index} of the {self.name} data has a label map of {tuple(label.shape)} pixels, but an image "
-                f"of {tuple(image_size)}. Transform both together."
-            )
-        wrong = set(label.unique().tolist()) - set(range(self.num_labels)) - set(self.void)
-        if wrong:
-            raise ValueError(
-                f"Sample {index} of the {self.name} data has a pixel of class {min(wrong)}, but the model has "
-                f"{self.num_labels} classes (0 to {self.num_labels - 1}) and ignores {self.void[1]}. Build the model "
-                "with num_labels and semantic_loss_ignore_index of the data."
-            )
-
-
-@contextmanager
-def _kept_random_states() -> Iterator[None]:
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 class _Batches:
     """Batches of a data loader, on the trainer's device; each loop over them starts anew."""
 
@@ -381,56 +291,6 @@ class _Preparation(TrainerCallback):
             self.trainer._seeded_dataset.epoch.fill_(int(state.epoch or 0))
 
 
-class WeightAverage(TrainerCallback):
-    """Exponential moving average of what ships, by timm's ``ModelEmaV3``.
-
-    Args:
-        decay: Share of the average that stays at each step, in [0, 1).
-    """
-
-    def __init__(self, decay: float):
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), but got {decay!r}.")
-        self.decay = decay
-        self.resume_from: str | None = None
-        self.final: dict[str, Tensor] | None = None
-
-    @staticmethod
-    def _shipped(model: nn.Module) -> nn.ModuleDict:
-        return nn.ModuleDict({name: child for name, child in model.named_children() if name != "scaffold"})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the averaged weights under the model's names."""
-        return self.ema.module.state_dict()
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        """Start from the weights as they are, or from those of a checkpoint."""
-        self.final = None
-        self.ema = ModelEmaV3(self._shipped(model), decay=self.decay)
-        if self.resume_from is not None:
-            self.ema.module.load_state_dict(load_file(self.resume_from))
-            self.resume_from = None
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        """Follow the weights by one step."""
-        self.ema.update(self._shipped(model))
-
-    def on_train_end(self, args, state, control, model, **kwargs):
-        """Leave the averaged weights in the model."""
-        if self.final is None:
-            model.load_state_dict(self.state_dict(), strict=False)
-
-    @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Swap the averaged weights in, and the trained ones back afterwards."""
-        trained = {name: tensor.clone() for name, tensor in self._shipped(model).state_dict().items()}
-        model.load_state_dict(self.state_dict(), strict=False)
-        try:
-            yield
-        finally:
-            model.load_state_dict(trained, strict=False)
-
-
 def _save(state: dict[str, Tensor], path: str) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
 
@@ -448,44 +308,3 @@ def _load_scaffold(scaffold: nn.Module, path: str) -> None:
             f"({len(differing)} names in all). Resume with the settings that wrote it."
         )
     scaffold.load_state_dict(state, strict=False)  # a frozen teacher is not in the file
-
-
-def reduce_to_exit_metrics(predictions: tuple, labels: Tensor) -> Tensor:
-    """Reduce logits to what the metrics need, so that memory does not grow with images times classes.
-
-    Args:
-        predictions: Logits ``(batch, classes)`` and a tuple of the exits' logits, as the Trainer passes them.
-        labels: Class indices ``(batch,)``, -100 where there is no label; or maps of them ``(batch, height, width)``.
-
-    Returns:
-        ``(batch, exits + 1, 2)``: cross-entropy and whether the answer is right, per exit and of the ensemble; for
-        segmentation what :func:`reduce_to_pixel_counts` returns.
-    """
-    if labels.ndim == 3:
-        return reduce_to_pixel_counts(predictions[1], torch.as_tensor(labels))
-    exit_logits = [torch.as_tensor(logits).float() for logits in predictions[1]]
-    labels = torch.as_tensor(labels, device=exit_logits[0].device)
-    columns = []
-    for logits in [*exit_logits, torch.stack(exit_logits).mean(dim=0)]:
-        loss = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
-        columns.append(torch.stack([loss, (logits.argmax(dim=1) == labels).float()], dim=-1))
-    return torch.stack(columns, dim=1)
-
-
-def compute_exit_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Compute cross-entropy and accuracy of every exit, and the ensemble's accuracy, over labelled images.
-
-    For segmentation: mean IoU and pixel accuracy.
-    """
-    reduced = prediction.predictions
-    if isinstance(reduced, tuple):
-        reduced = reduce_to_exit_metrics(reduced, prediction.label_ids).numpy()
-    if prediction.label_ids.ndim == 3:
-        return compute_pixel_metrics(reduced)
-    labelled = prediction.label_ids != -100
-    means = reduced[labelled].astype(np.float64).mean(axis=0) if labelled.any() else np.zeros(reduced.shape[1:])
-    *exits, ensemble = means.tolist()
-    metrics = {"loss": exits[-1][0], "accuracy": exits[-1][1]}
-    for index, (loss, accuracy) in enumerate(exits):
-        metrics |= {f"loss_exit_{index}": loss, f"accuracy_exit_{index}": accuracy}
-    return metrics | {"accuracy_ensemble": ensemble[1]}

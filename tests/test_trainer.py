@@ -11,8 +11,10 @@ from torchvision.transforms import v2
 from transformers import EvalPrediction
 
 from hf_selfkd import MultiExitForImageClassification, get_method
+from hf_selfkd.averaging import WeightAverage
 from hf_selfkd.functional import add, cross_entropy, smooth_labels
-from hf_selfkd.trainer import SeededDataset, WeightAverage, compute_exit_metrics, reduce_to_exit_metrics
+from hf_selfkd.metrics import compute_exit_metrics, reduce_to_exit_metrics
+from hf_selfkd.seeding import SeededDataset
 
 NORM_FREE = "test_vit"  # layer norm, in its exits too: no statistic depends on the micro-batch
 

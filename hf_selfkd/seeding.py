@@ -1,0 +1,93 @@
+"""Training samples that depend on seed, epoch and index only."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class SeededDataset(Dataset):
+    """Draws every sample under random states that depend on seed, epoch and index only.
+
+    The stock Trainer fetches a batch ahead of the random states it saves, and workers have their own, so that a
+    resumed run would see other augmentations.
+
+    Args:
+        dataset: Indexed from 0, gives dictionaries.
+        seed: Of the run.
+        num_labels: Class indices in ``labels`` must be below it.
+        name: What the data is called in errors.
+        ignore_index: What void pixels of label maps are marked with, beside -100.
+
+    Raises:
+        ValueError: If a sample cannot be read, its label is no class, or its label map has another size than its
+            image; names the index.
+    """
+
+    def __init__(self, dataset, seed: int, num_labels: int, name: str, ignore_index: int = 255):
+        self.dataset = dataset
+        self.seed = seed
+        self.num_labels = num_labels
+        self.void = (-100, ignore_index)
+        self.name = name
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that stay alive must see it change
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Return a batch of samples; putting the random states back once is cheaper than after each."""
+        with _kept_random_states():
+            return [self._draw(index) for index in indices]
+
+    def _draw(self, index: int) -> dict[str, Any]:
+        seed = int(np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1, np.uint32)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+        try:
+            sample = self.dataset[index]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Sample {index} of the {self.name} data cannot be read: {error}") from error
+        label = sample.get("labels")
+        if isinstance(label, (int, np.integer)) and label != -100 and not 0 <= label < self.num_labels:
+            raise ValueError(
+                f"Sample {index} of the {self.name} data has label {label}, but the model has {self.num_labels} "
+                f"classes (0 to {self.num_labels - 1}). Build the model with num_labels of the data."
+            )
+        if getattr(label, "ndim", 0) == 2:
+            self._check_map(index, torch.as_tensor(label), sample["pixel_values"].shape[-2:])
+        return sample
+
+    def _check_map(self, index: int, label: Tensor, image_size: Sequence[int]) -> None:
+        if label.shape != image_size:
+            raise ValueError(
+                f"Sample {index} of the {self.name} data has a label map of {tuple(label.shape)} pixels, but an image "
+                f"of {tuple(image_size)}. Transform both together."
+            )
+        wrong = set(label.unique().tolist()) - set(range(self.num_labels)) - set(self.void)
+        if wrong:
+            raise ValueError(
+                f"Sample {index} of the {self.name} data has a pixel of class {min(wrong)}, but the model has "
+                f"{self.num_labels} classes (0 to {self.num_labels - 1}) and ignores {self.void[1]}. Build the model "
+                "with num_labels and semantic_loss_ignore_index of the data."
+            )
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
