@@ -382,7 +382,7 @@ def guarantee(sources: dict, splits: int) -> list[dict]:
     """Share of random calibration and test splits in which the risk on the test images exceeds the demand."""
     rows = []
     for source, (logits, labels, costs) in sources.items():
-        for against, max_risk in (("labels", 0.01), ("labels", 0.02), ("deepest exit", 0.02), ("deepest exit", 0.05)):
+        for against, max_risk in (("labels", 0.02), ("deepest exit", 0.05)):
             exceeded, early, saved = 0, 0, []
             for split in range(splits):
                 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(split))
@@ -438,7 +438,6 @@ def main():
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
     timed = {"realised": realised, "batch": batch, "overhead": overhead}
     about = {"torch": torch.__version__, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    sources = None
     for part in options.parts:
         if part in timed:
             load = os.getloadavg()[0]
@@ -448,10 +447,11 @@ def main():
                 "load at the start and end": f"{load:.1f}, {os.getloadavg()[0]:.1f}",
             }
         else:
-            if sources is None:
-                sources = {"synthetic": (*synthetic(10_000), [0.192, 0.4435, 0.8016, 1.0])}
-                if options.checkpoint:
-                    sources["trained checkpoint"] = real(options.checkpoint, options.dataset)
+            # The search is judged on many images; the guarantee is for as few as users have.
+            count = 60_000 if part == "calibration" else 10_000
+            sources = {"synthetic": (*synthetic(count), [0.192, 0.4435, 0.8016, 1.0])}
+            if options.checkpoint:
+                sources["trained checkpoint"] = real(options.checkpoint, options.dataset)
             rows = calibration(sources) if part == "calibration" else guarantee(sources, options.splits)
             entry = about
         results[part] = {"about": entry, "rows": rows}
