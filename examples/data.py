@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
@@ -59,6 +60,8 @@ def load_images(arguments: DataArguments) -> tuple[DatasetDict, list[str]]:
     features = splits["train"].features
     image = _find_column(features, arguments.image_column, Image, "image")
     label = _find_column(features, arguments.label_column, ClassLabel, "label")
+    if image == label:
+        raise ValueError(f"--image_column and --label_column both name {image!r}.")
     limits = {"train": arguments.max_train_samples, "test": arguments.max_eval_samples}
     chosen = DatasetDict(train=splits["train"], test=splits[evaluation])
     for name, split in chosen.items():
@@ -98,6 +101,8 @@ def _find_column(features: Features, name: str | None, kind: type, what: str) ->
     if name is not None:
         if name not in features:
             raise ValueError(f"--{what}_column {name!r} is not among the columns: {', '.join(features)}.")
+        if kind is Image and not isinstance(features[name], Image):
+            raise ValueError(f"--{what}_column {name!r} holds no images, but {features[name]}.")
         return name
     found = [column for column, feature in features.items() if isinstance(feature, kind)]
     named = [column for column in ("image", "img", "label", "labels") if column in features and what[:2] in column]
@@ -151,7 +156,10 @@ def read_image(encoded: dict[str, Any]) -> PILImage.Image:
     """
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
-        return PILImage.open(source).convert("RGB")
+        image = PILImage.open(source)
+        if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
+            image = PILImage.fromarray((np.asarray(image).clip(0, 65535) // 257).astype("uint8"))
+        return image.convert("RGB")
     except OSError as error:
         raise ValueError(f"{encoded['path'] or 'an embedded image'} is no readable image ({error}).") from error
 

@@ -123,10 +123,18 @@ def parse_json(name: str, text: str | None, kind: type) -> Any:
 def find_checkpoint(args: TrainingArguments) -> str | None:
     """Return where to go on from, and refuse to write over another run."""
     folder = Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        if Path(args.resume_from_checkpoint).is_dir():
-            return args.resume_from_checkpoint
-        return get_last_checkpoint(folder) if folder.is_dir() else None
+    resume = args.resume_from_checkpoint
+    if resume in ("last", "true", "True"):
+        found = get_last_checkpoint(folder) if folder.is_dir() else None
+        if found is None and (folder / "model.safetensors").exists():
+            raise ValueError(
+                f"{folder} holds a trained model but no checkpoint to go on from. Give another --output_dir."
+            )
+        return found
+    if resume is not None:
+        if not Path(resume).is_dir():
+            raise ValueError(f"--resume_from_checkpoint takes last or the folder of a checkpoint, but got {resume!r}.")
+        return resume
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} already holds a run. Go on with --resume_from_checkpoint last, or give another --output_dir."
@@ -146,6 +154,9 @@ def build_model(options: ModelArguments, data: DataArguments, class_names: list[
         exits=parse_json("exits", options.exits, list),
         exit_width=options.exit_width,
     )
+    channels = model.config.pretrained_cfg["input_size"][0]
+    if channels != 3:
+        raise ValueError(f"Images are read as RGB, but the backbone takes {channels} channels. Leave out in_chans.")
     model.config.pretrained_cfg |= {"input_size": [3, data.image_size, data.image_size], "crop_pct": 1.0}
     if not options.pretrained:
         model.config.pretrained_cfg |= {"mean": list(CIFAR_MEAN), "std": list(CIFAR_STD)}

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -11,6 +10,8 @@ from transformers import TrainerCallback
 
 class WeightAverage(TrainerCallback):
     """Exponential moving average of what ships, by timm's ``ModelEmaV3``.
+
+    Checkpoints hold both: the trained weights as the model's, the averaged ones beside them.
 
     Args:
         decay: Share of the average that stays at each step, in [0, 1).
@@ -20,7 +21,7 @@ class WeightAverage(TrainerCallback):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), but got {decay!r}.")
         self.decay = decay
-        self.resume_from: str | None = None
+        self.start: dict[str, Tensor] | None = None
         self.final: dict[str, Tensor] | None = None
 
     @staticmethod
@@ -35,18 +36,17 @@ class WeightAverage(TrainerCallback):
         """Start from the weights as they are, or from those of a checkpoint."""
         self.final = None
         self.ema = ModelEmaV3(self._shipped(model), decay=self.decay)
-        if self.resume_from is not None:
-            self.ema.module.load_state_dict(load_file(self.resume_from))
-            self.resume_from = None
+        if self.start is not None:
+            self.ema.module.load_state_dict(self.start)
+            self.start = None
 
     def on_step_end(self, args, state, control, model, **kwargs):
         """Follow the weights by one step."""
         self.ema.update(self._shipped(model))
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        """Leave the averaged weights in the model."""
-        if self.final is None:
-            model.load_state_dict(self.state_dict(), strict=False)
+        """Leave the averaged weights in the model: the last, or those of the best checkpoint."""
+        model.load_state_dict(self.state_dict() if self.final is None else self.final, strict=False)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:

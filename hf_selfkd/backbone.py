@@ -107,7 +107,7 @@ class Anatomy:
         return all(stage.module is not None for stage in self.stages)
 
 
-def _classifiers(backbone: nn.Module) -> list[nn.Module]:
+def classifiers(backbone: nn.Module) -> list[nn.Module]:
     """List the modules whose inputs are the pre-logits: several for distilled and multi-branch models."""
     classifiers = backbone.get_classifier()
     if isinstance(classifiers, tuple) and isinstance(classifiers[0], nn.ModuleList):
@@ -144,7 +144,7 @@ def _listen(backbone: nn.Module, paths: list[str | None]) -> None:
     for index, path in enumerate(paths):
         if path is not None:
             backbone.get_submodule(path).register_forward_hook(partial(_report, index))
-    for classifier in _classifiers(backbone):
+    for classifier in classifiers(backbone):
         classifier.register_forward_pre_hook(_report_features)
 
 

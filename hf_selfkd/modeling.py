@@ -1,5 +1,6 @@
 """Multi-exit models: a timm backbone, exits at its stages, one answer per exit."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from .backbone import (
     FEATURES,
     Stage,
-    _classifiers,
+    classifiers,
     default_exits,
     input_shape,
     join_features,
@@ -151,7 +152,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
     @property
     def classifiers(self) -> list[nn.Module]:
         """What turns features into the deepest exit's logits: one linear module, or several that are averaged."""
-        return _classifiers(self.backbone)
+        return classifiers(self.backbone)
 
     def copy_tail(self, stage: int | None = None) -> Tail:
         """Copy everything behind a stage, freshly initialised: a branch that reads this model's trunk.
@@ -183,7 +184,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
 
         Answers are those of running all exits and letting the policy decide. Where the network is no chain at its
         exits, found out with a few made-up images before the first batch, the whole batch runs on until its last
-        image has decided, with a warning. Where hooks see no stages, nothing is saved.
+        image has decided, with a warning. Where stages do not end in their order, all exits are
+        computed.
 
         Args:
             pixel_values: ``(batch, channels, height, width)``.
@@ -195,6 +197,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         if self.training:
             raise ValueError("early_exit needs a model in eval mode, but it is in training mode. Call model.eval().")
         policy = resolve_policy(policy, self.config.exit_policy, self.num_exits)
+        if not self.anatomy.in_order and len(self.exit_stages) > 1:
+            return self._exit_late(pixel_values, policy)
         network = partial(run, self.backbone, self.anatomy)
         answer = partial(self._exit_logits, tuple(pixel_values.shape[-2:]))
         exits = {stage: exit for exit, stage in enumerate(self.exit_stages)}
@@ -203,6 +207,18 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         needed = {stage: exit for stage, exit in exits.items() if policy.listens(exit)}
         visitor = EarlyExit(policy, answer, needed, shrink=self._shrinks is not False)
         return visitor.run(network, pixel_values)
+
+    def _exit_late(self, pixel_values: Tensor, policy: ExitPolicy) -> EarlyExitOutput:
+        """Run all exits, then let the policy decide, in the order of the exits."""
+        warnings.warn(
+            f"The stages of {self.config.backbone} do not end in their order, so early_exit computes all exits. "
+            "With one auxiliary exit it saves time.",
+            stacklevel=3,
+        )
+        exit_logits = self(pixel_values, output_hidden_states=True).exit_logits  # asks for every exit
+        exit_index, logits = policy.decide(exit_logits)
+        confidences = torch.stack([policy.score(exit, answer)[1] for exit, answer in enumerate(exit_logits)])
+        return EarlyExitOutput(logits, exit_index, confidences.gather(0, exit_index.unsqueeze(0))[0])
 
     def _exit_logits(self, image_size: tuple[int, int], exit: int, output: Any) -> Tensor:
         return self.exits[exit](self._stage_map(self.exit_stages[exit], output, image_size))[0]

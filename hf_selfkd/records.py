@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .backbone import input_shape
 from .configuration import REFUSED_BACKBONE_KWARGS
 
 
@@ -12,8 +13,13 @@ def data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
     """Return what timm's ``resolve_data_config`` reads, as JSON has it."""
     keys = ("architecture", "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "fixed_input_size")
     cfg = {key: backbone.pretrained_cfg[key] for key in keys if key in backbone.pretrained_cfg}
+    channels, *size = input_shape(backbone)
+    cfg["input_size"] = (channels, *([32, 32] if small_input_stem else size))
     if small_input_stem:
-        cfg.update(input_size=(3, 32, 32), crop_pct=1.0)
+        cfg["crop_pct"] = 1.0
+    for name in ("mean", "std"):
+        if channels != len(cfg[name]):  # timm averages the stem's weights over channels, or repeats them
+            cfg[name] = [sum(cfg[name]) / len(cfg[name])] * channels
     return {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.items()}
 
 

@@ -57,7 +57,9 @@ class SeededDataset(Dataset):
             sample = self.dataset[index]
         except (OSError, ValueError) as error:
             raise ValueError(f"Sample {index} of the {self.name} data cannot be read: {error}") from error
-        label = sample.get("labels")
+        label = sample.get("labels", sample.get("label"))  # the stock collator takes either
+        if isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0:
+            label = label.item()
         if isinstance(label, (int, np.integer)) and label != -100 and not 0 <= label < self.num_labels:
             raise ValueError(
                 f"Sample {index} of the {self.name} data has label {label}, but the model has {self.num_labels} "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import FEATURES, Anatomy, _classifiers, join_features, run
+from .backbone import FEATURES, Anatomy, classifiers, join_features, run
 
 # What running a network on placeholders can raise where it reads more of them than their outputs.
 _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -55,7 +55,7 @@ class Tail(nn.Module):
     @property
     def classifiers(self) -> list[nn.Module]:
         """What turns features into logits: one linear module, or several whose logits are averaged."""
-        return _classifiers(self.backbone)
+        return classifiers(self.backbone)
 
 
 class _Placeholder(nn.Module):

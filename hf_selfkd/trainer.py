@@ -1,27 +1,32 @@
 """A transformers Trainer that adds up the terms of a self-distillation method."""
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
-from safetensors.torch import load_file, save_file
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, has_length
 
 from .averaging import WeightAverage
+from .checkpoints import (
+    AVERAGE_NAME,
+    SCAFFOLD_NAME,
+    check_method,
+    load_scaffold,
+    load_state,
+    save_method,
+    save_state,
+)
 from .functional import add, cross_entropy, smooth_labels
 from .methods import Method, get_method
 from .metrics import compute_exit_metrics, reduce_to_exit_metrics
 from .outputs import MultiExitOutput
 from .seeding import SeededDataset
-
-SCAFFOLD_NAME = "scaffold.safetensors"
-EMA_NAME = "ema.safetensors"
 
 
 class SelfDistillationTrainer(Trainer):
@@ -75,6 +80,8 @@ class SelfDistillationTrainer(Trainer):
         **kwargs,
     ):
         self.method = get_method(method) if isinstance(method, str) else method
+        if not isinstance(self.method, Method):
+            raise TypeError(f"method must be a name or a Method such as get_method('byot'), but got {method!r}.")
         self.lr_milestones = tuple(lr_milestones)
         self.lr_gamma = lr_gamma
         self.decay_norms = decay_norms
@@ -87,6 +94,10 @@ class SelfDistillationTrainer(Trainer):
         if model is not None:
             self._attach_method(model, args)
         if compute_metrics is None:
+            if args.batch_eval_metrics:
+                raise ValueError(
+                    "batch_eval_metrics needs your own compute_metrics. Leave it out: ours needs no logits."
+                )
             compute_metrics = compute_exit_metrics
             kwargs.setdefault("preprocess_logits_for_metrics", reduce_to_exit_metrics)
         super().__init__(model=model, args=args, compute_metrics=compute_metrics, **kwargs)
@@ -102,6 +113,8 @@ class SelfDistillationTrainer(Trainer):
                 "Build one with MultiExitForImageClassification.from_backbone."
             )
         self.method.check(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("No parameter is left to train: the backbone is frozen and the model has no exits.")
         if model.task == "image-segmentation" and (args.label_smoothing_factor or self.mix is not None):
             raise ValueError(
                 "label_smoothing_factor and mix are for image classification, but the model is one for segmentation. "
@@ -121,6 +134,11 @@ class SelfDistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Add up the method's terms in training; in evaluation return the deepest exit's cross-entropy."""
+        if not {"pixel_values", "labels"} <= inputs.keys():
+            raise ValueError(
+                f"A batch must hold pixel_values and labels, but this one holds {', '.join(inputs)}. Name the columns "
+                "so in the data set or in a data_collator."
+            )
         images, labels = inputs["pixel_values"], inputs["labels"]
         if not self.model.training:
             output = model(images, labels=labels)  # labels: all exits answer, whatever config.early_exit says
@@ -164,6 +182,11 @@ class SelfDistillationTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Create the scheduler; ``lr_milestones`` are in epochs."""
         if self.lr_scheduler is None and self.lr_milestones:
+            if not has_length(self.train_dataset):
+                raise ValueError(
+                    "lr_milestones are in epochs, but the training data has no length. Use lr_scheduler_type, or data "
+                    "with a length."
+                )
             epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else self.state.num_train_epochs
             milestones = [round(epoch * num_training_steps / epochs) for epoch in self.lr_milestones]
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
@@ -200,7 +223,7 @@ class SelfDistillationTrainer(Trainer):
         return inputs
 
     def _get_dataloader(self, dataset, description, *args, **kwargs):
-        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        if not isinstance(dataset, IterableDataset) and hasattr(dataset, "__getitem__") and has_length(dataset):
             config = self.model.config
             dataset = SeededDataset(
                 dataset, self.args.seed, config.num_labels, description.lower(), config.semantic_loss_ignore_index
@@ -235,31 +258,39 @@ class SelfDistillationTrainer(Trainer):
         self._synchronise_batch_norm()
         super()._save_checkpoint(model, trial)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; into a checkpoint also what only trains, the averaged weights and the method's name."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:  # called by _save_checkpoint
+            save_method(output_dir, self.method.name)
             if self.model.scaffold is not None:
-                _save(self.model.scaffold.state_dict(), os.path.join(output_dir, SCAFFOLD_NAME))
+                save_state(self.model.scaffold.state_dict(), output_dir, SCAFFOLD_NAME)
             if self.average is not None:
-                _save(self.average.state_dict(), os.path.join(output_dir, EMA_NAME))
+                save_state(self.average.state_dict(), output_dir, AVERAGE_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        scaffold, self.model.scaffold = self.model.scaffold, None  # not in the file of the weights
-        try:
+        check_method(resume_from_checkpoint, self.method.name)
+        with self._without_scaffold():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        finally:
-            self.model.scaffold = scaffold
-        if scaffold is not None:
-            _load_scaffold(scaffold, os.path.join(resume_from_checkpoint, SCAFFOLD_NAME))
+        if self.model.scaffold is not None:
+            load_scaffold(self.model.scaffold, resume_from_checkpoint)
         if self.average is not None:
-            self.average.resume_from = os.path.join(resume_from_checkpoint, EMA_NAME)
+            self.average.start = load_state(resume_from_checkpoint, AVERAGE_NAME, "ema_decay")
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with self._without_scaffold():
+            super()._load_best_model()
         if self.average is not None:
-            averaged = load_file(os.path.join(self.state.best_model_checkpoint, EMA_NAME))
-            self.model.load_state_dict(averaged, strict=False)
-            self.average.final = averaged
+            self.average.final = load_state(self.state.best_model_checkpoint, AVERAGE_NAME, "ema_decay")
+
+    @contextmanager
+    def _without_scaffold(self) -> Iterator[None]:
+        """Take the scaffold off while the weights are loaded: it is not in their file."""
+        scaffold, self.model.scaffold = self.model.scaffold, None
+        try:
+            yield
+        finally:
+            self.model.scaffold = scaffold
 
 
 class _Batches:
@@ -289,22 +320,3 @@ class _Preparation(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if hasattr(self.trainer, "_seeded_dataset"):
             self.trainer._seeded_dataset.epoch.fill_(int(state.epoch or 0))
-
-
-def _save(state: dict[str, Tensor], path: str) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-
-
-def _load_scaffold(scaffold: nn.Module, path: str) -> None:
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"The checkpoint has no {os.path.basename(path)}, so this method cannot be resumed from it. Train with "
-            "the method that wrote the checkpoint, or start a new run from its weights with from_pretrained."
-        )
-    state = load_file(path)
-    if differing := state.keys() ^ scaffold.state_dict().keys():
-        raise ValueError(
-            f"{path} was written by another method or another network: it differs in {sorted(differing)[:3]} "
-            f"({len(differing)} names in all). Resume with the settings that wrote it."
-        )
-    scaffold.load_state_dict(state, strict=False)  # a frozen teacher is not in the file

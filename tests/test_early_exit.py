@@ -514,3 +514,19 @@ def test_errors_name_what_is_wrong():
         ExitPolicy(thresholds=[0.5]).decide(torch.randn(3, 2, 5))
     with pytest.raises(ValueError, match="in eval mode, but it is in training mode. Call model.eval()"):
         model.train().early_exit(images, ExitPolicy(thresholds=[0.5] * 3))
+
+
+def test_stages_that_end_out_of_order_compute_all_exits():
+    model = MultiExitForImageClassification.from_backbone("crossvit_tiny_240", num_labels=5, exits=[0, 1, 3]).eval()
+    images = torch.randn(4, 3, 240, 240)
+    with torch.no_grad():
+        exit_logits = model(images).exit_logits
+    anyone = ExitPolicy(thresholds=[0.0] * 3)
+    middle = [anyone.score(exit, exit_logits[exit])[0].median().item() for exit in range(3)]
+    policy = ExitPolicy(thresholds=middle)
+    exit_index, logits = policy.decide(exit_logits)
+    with pytest.warns(UserWarning, match="do not end in their order, so early_exit computes all exits"):
+        output = model.early_exit(images, policy)
+    assert torch.equal(output.exit_index, exit_index)
+    assert torch.equal(output.logits, logits)
+    torch.testing.assert_close(output.confidence, logits.softmax(dim=1).amax(dim=1))

@@ -107,6 +107,12 @@ def test_a_folder_of_images_of_every_mode(tmp_path):
     run("--dataset", tmp_path / "images", *FAST, *options, "--output_dir", tmp_path / "run")
 
 
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    PILImage.fromarray(np.array([[0, 25700, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    image = data.read_image({"path": str(tmp_path / "deep.png"), "bytes": None})
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 100, 255]
+
+
 def test_a_file_that_is_no_image_is_named_with_its_index(tmp_path):
     write_images(tmp_path / "images", {f"{index}.png": noise() for index in range(6)})
     (tmp_path / "images" / "train" / "class0" / "2.png").write_bytes(b"no image")
@@ -189,6 +195,11 @@ def test_an_empty_folder(tmp_path):
         (["--exits", "[9]"], "test_resnet has 5 stages (0 to 4), but exits asks for stage 9."),
         (["--exits", "[]"], "EED needs at least 2 exits, but the model has 1."),
         (["--backbone", "resnt18"], "Unknown timm model 'resnt18'. Did you mean 'resnet18'"),
+        (
+            ["--resume_from_checkpoint", "chekpoint-9"],
+            "takes last or the folder of a checkpoint, but got 'chekpoint-9'",
+        ),
+        (["--backbone_kwargs", '{"in_chans": 1}'], "read as RGB, but the backbone takes 1 channels."),
         (["--preset", "quick"], "Unknown preset 'quick'. Available: smoke."),
         (["--auto_augment", "trivial"], "--auto_augment takes autoaugment or randaugment, but got 'trivial'."),
     ],

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_selfkd import MultiExitConfig, MultiExitForImageClassification, MultiExitOutput
+from hf_selfkd import MultiExitConfig, MultiExitForImageClassification, MultiExitOutput, exit_costs
 from hf_selfkd.functional import cross_entropy
 
 SWIN = {
@@ -319,6 +319,16 @@ def test_compiles_without_graph_breaks(build, batch):
         compiled(batch["pixel_values"]).exit_logits, model(batch["pixel_values"]).exit_logits, strict=True
     ):
         torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_other_numbers_of_channels(build, name):
+    kwargs = {"in_chans": 1} | ({"img_size": 32, "patch_size": 8} if name == "test_vit" else {})
+    model = build(name, backbone_kwargs=kwargs).eval()
+    assert model.config.pretrained_cfg["input_size"] == [1, 32, 32]
+    assert len(model.config.pretrained_cfg["mean"]) == 1
+    assert exit_costs(model)[-1] > 0
+    assert model(torch.randn(2, 1, 32, 32)).logits.shape == (2, 5)
 
 
 def test_a_checkpoint_is_all_that_pipeline_needs(build, tmp_path):

@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, in order, as one reader would run it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -15,11 +16,14 @@ def blocks(language: str) -> list[str]:
 
 
 def test_snippets_run(tmp_path):
+    printed = ""
     for snippet in blocks("python"):
         process = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr[-3000:]
         assert process.stdout.strip()
-    assert "'score'" in process.stdout
+        printed += process.stdout
+    assert "'eval_accuracy_exit_0'" in printed
+    assert "'score'" in printed
 
 
 def test_every_method_is_in_the_table():
@@ -29,3 +33,15 @@ def test_every_method_is_in_the_table():
 def test_the_train_snippet_is_short():
     statements = [line for line in blocks("python")[0].splitlines() if line.strip()]
     assert len(statements) <= 16
+
+
+def test_the_coverage_is_what_was_measured():
+    measured = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "coverage.json").read_text())
+    attached = [record for record in measured["meta"] if "reason" not in record]
+    real = [record for record in measured["real"] if "skipped" not in record]
+    assert f"Of the {len(measured['meta']):,} names of timm 1.0.31, {len(attached):,} get exits" in README
+    text = " ".join(README.split())
+    assert f"the smallest model of each of {len(real)} classes" in text
+    for check in ("logits", "maps", "trains", "round_trip"):
+        assert sum(record[check] is True for record in real) == 99, check
+    assert f"Single images leave a running batch on {sum(record['shrinks'] is True for record in real)};" in text

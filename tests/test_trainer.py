@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import v2
 from transformers import EvalPrediction
 
@@ -193,12 +193,77 @@ def test_augmentation_differs_between_epochs_and_images(images):
     assert not torch.allclose(dataset[0]["pixel_values"], first)
 
 
-def test_resuming_with_another_method_is_refused(build, images, scaffolded, tmp_path, train, monkeypatch):
+def test_resuming_with_another_method_is_refused(build, scaffolded, tmp_path, train):
     train(build(), scaffolded, save_strategy="steps", save_steps=3)
     checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    with pytest.raises(ValueError, match="written by method 'byot', but this run trains with 'eed'"):
+        train(build(), "eed", resume=checkpoint)
+    with pytest.raises(ValueError, match="no ema.safetensors: the run that wrote it had no ema_decay"):
+        train(build(), scaffolded, resume=checkpoint, trainer_kwargs={"ema_decay": 0.9})
     Path(checkpoint, "scaffold.safetensors").unlink()
-    with pytest.raises(ValueError, match="The checkpoint has no scaffold.safetensors"):
+    with pytest.raises(ValueError, match="no scaffold.safetensors: the run that wrote it had no scaffold"):
         train(build(), scaffolded, resume=checkpoint)
+
+
+def test_the_best_model_is_loaded_without_its_scaffold_and_with_its_average(build, scaffolded, train, caplog):
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    train(build(), scaffolded, save_only_model=True, trainer_kwargs={"ema_decay": 0.9}, **options)
+    assert "scaffold" not in caplog.text
+
+
+class Stream(IterableDataset):
+    """Images in their order, over and over."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __iter__(self):
+        while True:
+            yield from self.images
+
+
+class SizedStream(Stream):
+    """A stream that knows its length."""
+
+    def __iter__(self):
+        yield from self.images
+
+    def __len__(self):
+        return len(self.images)
+
+
+def test_streams_train_and_evaluate(build, images, train):
+    endless = train(build(), max_steps=2, trainer_kwargs={"train_dataset": Stream(images)})
+    assert len(losses(endless)) == 2
+    sized = {"train_dataset": SizedStream(images), "eval_dataset": SizedStream(images)}
+    assert "eval_accuracy_exit_0" in train(build(), max_steps=2, trainer_kwargs=sized).evaluate()
+
+
+def test_milestones_need_data_with_a_length(build, images, train):
+    with pytest.raises(ValueError, match="lr_milestones are in epochs, but the training data has no length"):
+        train(build(), max_steps=2, trainer_kwargs={"train_dataset": Stream(images), "lr_milestones": [1]})
+
+
+def test_probability_labels_are_evaluated(build, images, train):
+    soft = [image | {"labels": torch.eye(5)[image["labels"]] * 0.8 + 0.04} for image in images]
+    hard = train(build(), "eed").evaluate()
+    metrics = train(build(), "eed").evaluate(soft)
+    assert metrics["eval_accuracy_exit_0"] == hard["eval_accuracy_exit_0"]
+    assert metrics["eval_loss"] != hard["eval_loss"]
+
+
+def test_what_cannot_be_trained_is_refused(build, images, train):
+    frozen = build(exits=[])
+    frozen.freeze_backbone()
+    with pytest.raises(ValueError, match="No parameter is left to train"):
+        train(frozen, "none")
+    with pytest.raises(TypeError, match="method must be a name or a Method"):
+        train(build(), type(get_method("byot")))
+    with pytest.raises(ValueError, match="batch_eval_metrics needs your own compute_metrics"):
+        train(build(), batch_eval_metrics=True)
+    unlabelled = [{"pixel_values": image["pixel_values"]} for image in images]
+    with pytest.raises(ValueError, match="must hold pixel_values and labels, but this one holds pixel_values"):
+        train(build(), trainer_kwargs={"train_dataset": unlabelled})
 
 
 def test_resuming_with_another_scaffold_is_refused(build, scaffolded, tmp_path, train, monkeypatch):
@@ -354,8 +419,9 @@ def test_a_frozen_backbone_keeps_the_models_answers(build, batch, train):
     assert not torch.equal(after.exit_logits[0], before.exit_logits[0])
 
 
-def test_a_label_outside_the_classes_is_named(build, images, train):
-    images[7]["labels"] = 5
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor])
+def test_a_label_outside_the_classes_is_named(build, images, train, kind):
+    images[7]["labels"] = kind(5)
     with pytest.raises(ValueError, match=r"Sample 7 of the training data has label 5, but the model has 5 classes"):
         train(build())
 
