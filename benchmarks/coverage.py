@@ -149,6 +149,12 @@ def _sizes(name: str, plain: nn.Module) -> str | bool:
 
 def _channels(name: str) -> str | bool:
     for channels in (1, 4):
+        with torch.device("meta"), torch.no_grad():
+            plain = timm.create_model(name, in_chans=channels, num_classes=CLASSES).eval()
+            try:
+                plain(torch.empty(2, channels, *plain.pretrained_cfg["input_size"][1:]))
+            except RuntimeError as error:
+                return f"not applicable: timm's own model takes no {channels} channels ({str(error)[:60]})"
         config = MultiExitConfig(backbone=name, num_labels=CLASSES, backbone_kwargs={"in_chans": channels})
         with torch.device("meta"):
             MultiExitForImageClassification(config)  # runs the backbone on such images
