@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from hf_selfkd import list_methods
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -16,6 +18,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_snippets_run(tmp_path):
+    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
     printed = ""
     for snippet in blocks("python"):
         process = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
