@@ -21,8 +21,8 @@ from datasets import Image, load_dataset
 from PIL import Image as PILImage
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from train_cifar import find_checkpoint, parse_json
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from train_cifar import Recipe, find_checkpoint, parse_json
+from transformers import HfArgumentParser, set_seed
 
 from hf_selfkd import MultiExitForSemanticSegmentation, SelfDistillationTrainer, get_method
 
@@ -66,23 +66,14 @@ class Options:
 
 
 @dataclass
-class Recipe(TrainingArguments):
+class SegmentationRecipe(Recipe):
     """Transformers' arguments with the recipe of FRSKD as defaults."""
 
     num_train_epochs: float = 60
     learning_rate: float = 0.01
-    optim: str = "sgd"
-    optim_args: str | None = "momentum=0.9"
-    weight_decay: float = 5e-4
-    max_grad_norm: float = 0.0
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 2
     per_device_eval_batch_size: int = 16
-    remove_unused_columns: bool = False
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 1
-    logging_strategy: str = "epoch"
 
 
 class LabelledMaps(torch.utils.data.Dataset):
@@ -205,7 +196,7 @@ def build_model(options: Options, class_names: list[str]) -> MultiExitForSemanti
 
 
 def main():
-    options, args = HfArgumentParser((Options, Recipe)).parse_args_into_dataclasses()
+    options, args = HfArgumentParser((Options, SegmentationRecipe)).parse_args_into_dataclasses()
     checkpoint = find_checkpoint(args)
     method = get_method(options.method, **parse_json("method_args", options.method_args, dict))
     train_rows, eval_rows, class_names = load_maps(options)

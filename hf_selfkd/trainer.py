@@ -201,9 +201,8 @@ class SelfDistillationTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """List the parameters that weight decay acts on, by timm's convention unless ``decay_norms``."""
-        names = [name for name, _ in model.named_parameters()]
         if self.decay_norms:
-            return names
+            return [name for name, _ in model.named_parameters()]
         excluded = {f"backbone.{name}" for name in getattr(model.backbone, "no_weight_decay", set)()}
         return [
             name
