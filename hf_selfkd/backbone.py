@@ -181,6 +181,14 @@ def keep_rows(output: Any, rows: Tensor, batch_size: int) -> Any:
     return output.unflatten(0, (batch_size, -1))[rows].flatten(0, 1)
 
 
+def join_rows(outputs: list[Any]) -> Any:
+    """Join what a stage gave for parts of a batch."""
+    first = outputs[0]
+    if isinstance(first, (list, tuple)):
+        return type(first)(join_rows(list(items)) for items in zip(*outputs, strict=True))
+    return torch.cat(outputs) if isinstance(first, Tensor) else first
+
+
 def join_features(features: list[Tensor]) -> Tensor:
     """Join what enters several classifiers: the mean where the widths agree, else side by side."""
     if len(features) == 1:

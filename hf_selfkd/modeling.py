@@ -185,7 +185,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         Answers are those of running all exits and letting the policy decide. Where the network is no chain at its
         exits, found out with a few made-up images before the first batch, the whole batch runs on until its last
         image has decided, with a warning. Where stages do not end in their order, all exits are
-        computed.
+        computed. On a CPU the images run to the first exit in small parts, which its caches hold.
 
         Args:
             pixel_values: ``(batch, channels, height, width)``.

@@ -17,6 +17,7 @@ from hf_selfkd.backbone import (
     default_exits,
     input_shape,
     join_features,
+    join_rows,
     keep_rows,
     measure,
     run,
@@ -128,6 +129,13 @@ def test_rows_of_nested_outputs_are_kept():
     kept, (patches, size) = keep_rows([per_image, (per_patch, [7, 7])], torch.tensor([0, 2]), 3)
     assert kept.flatten().tolist() == [0, 2]
     assert patches.flatten().tolist() == [0, 1, 4, 5]
+    assert size == [7, 7]
+
+
+def test_rows_of_nested_outputs_are_joined():
+    first, second = (torch.full((rows, 2), float(rows)) for rows in (1, 2))
+    joined, (same, size) = join_rows([[first, (first, [7, 7])], [second, (second, [7, 7])]])
+    assert torch.equal(joined, torch.cat([first, second])) and torch.equal(same, joined)
     assert size == [7, 7]
 
 

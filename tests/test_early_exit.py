@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification, pipeline
 from hf_selfkd import EarlyExitOutput, ExitPolicy, MultiExitForImageClassification, MultiExitOutput, backbone
 from hf_selfkd.early_exit import CRITERIA
 from hf_selfkd.pipeline import EarlyExitPipeline
+from hf_selfkd.shrinking import CPU_IMAGES_PER_THREAD
 
 SWIN = {
     "img_size": 32,
@@ -241,6 +242,24 @@ def test_the_rest_of_the_network_sees_the_undecided_images_alone():
     assert isinstance(model(images), MultiExitOutput)
 
 
+def test_a_batch_runs_in_parts_up_to_the_first_exit_and_together_behind_it():
+    model, images = create(), unlike_images(2 * CPU_IMAGES_PER_THREAD * torch.get_num_threads() + 1)
+    model.early_exit(images, ExitPolicy(thresholds=[2.0, 0.5, 2.0]))  # with the rehearsal
+    rows = {0: [], 1: [], 2: [], 3: []}
+    for stage, seen in rows.items():
+        model.backbone.get_submodule(model.anatomy.stages[stage].module).register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(len(args[0]))
+        )
+    part = len(images) // 2
+    # Nobody can leave at exit 0, so the first that is asked is exit 1, at the end of stage 2.
+    model.early_exit(images, ExitPolicy(thresholds=[2.0, 0.99, 2.0]))
+    assert rows[1] == rows[2] == [part, part, 1] and rows[3] == [len(images)]
+    for seen in rows.values():
+        seen.clear()
+    model.early_exit(images, ExitPolicy(thresholds=[2.0, 2.0, 2.0]))
+    assert rows[0] == rows[3] == [len(images)]  # with no exit to ask there is nothing to wait at
+
+
 def test_heads_at_which_nobody_can_leave_are_not_computed():
     model, images = create(), unlike_images()
     calls = []
@@ -330,6 +349,14 @@ def batch_dependent():
     return model
 
 
+def batch_dependent_before_the_first_exit():
+    model = create()
+    block = model.backbone.layer1[0]
+    block.bn1 = BatchNormOfTheBatch(block.bn1.num_features).eval()
+    nn.init.ones_(block.bn2.weight)
+    return model
+
+
 def without_hooks():
     model = create()
     for stage in model.anatomy.stages:
@@ -338,7 +365,9 @@ def without_hooks():
     return model
 
 
-@pytest.mark.parametrize("build_model", [parallel_paths, batch_dependent, without_hooks])
+@pytest.mark.parametrize(
+    "build_model", [parallel_paths, batch_dependent, batch_dependent_before_the_first_exit, without_hooks]
+)
 @every_criterion
 def test_networks_that_cannot_shrink_answer_as_with_all_exits(build_model, criterion):
     model, images = build_model(), unlike_images()
