@@ -13,13 +13,13 @@ import json
 import os
 import platform
 import sys
-import time
 import warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+from timing import ratio, time_in_turn
 from torch import Tensor, nn
 
 from hf_selfkd import ExitPolicy, MultiExitForImageClassification, calibrate, exit_costs
@@ -31,29 +31,7 @@ RESNET, VIT = "resnet50", "vit_small_patch16_224"
 TARGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-# Timing
-
-
-def time_in_turn(candidates: dict, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Time each candidate once a round, first in another place each time; seconds by the clock and of the CPU."""
-    names = list(candidates)
-    times = {name: {"wall": [], "cpu": []} for name in names}
-    with torch.inference_mode():
-        for candidate in candidates.values():
-            candidate()
-        for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                wall, cpu = time.perf_counter(), time.process_time()
-                candidates[name]()
-                times[name]["wall"].append(time.perf_counter() - wall)
-                times[name]["cpu"].append(time.process_time() - cpu)
-    return times
-
-
-def ratio(times: dict, numerator: list[tuple[float, str]], denominator: str, clock: str) -> float:
-    """Median over rounds of a weighted sum of times over the time of another candidate in the same round."""
-    sums = zip(*[[weight * value for value in times[name][clock]] for weight, name in numerator], strict=True)
-    return median(sum(parts) / below for parts, below in zip(sums, times[denominator][clock], strict=True))
+# Models and images
 
 
 def unlike_images(count: int, size: int) -> Tensor:
@@ -133,7 +111,8 @@ def realised(rounds: int) -> list[dict]:
             parts = [(1.0, part) for part in ("trunk", "head 0", "head 1", "rest", "head 2")]
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                times = time_in_turn(candidates, rounds)
+                with torch.inference_mode():
+                    times = time_in_turn(candidates, rounds)
                 row = {"model": name, "batch": batch_size, "threads": threads}
                 for clock in ("wall", "cpu"):
                     row[f"realised over implied ({clock})"] = ratio(times, parts, "early", clock)
@@ -185,7 +164,8 @@ def overhead(rounds: int) -> list[dict]:
                 candidates[f"head {exit}"] = partial(model.exits[exit], maps[stage])
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                times = time_in_turn(candidates, rounds)
+                with torch.inference_mode():
+                    times = time_in_turn(candidates, rounds)
                 parts = [(1.0, part) for part in candidates if part != "early"]
                 row = {"model": name, "batch": batch, "threads": threads}
                 for clock in ("wall", "cpu"):
@@ -220,7 +200,8 @@ def batch(rounds: int) -> list[dict]:
     rows = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        times = time_in_turn(candidates, rounds)
+        with torch.inference_mode():
+            times = time_in_turn(candidates, rounds)
         for name in list(candidates)[1:]:
             row = {"against": name, "threads": threads}
             for clock in ("wall", "cpu"):

@@ -1,0 +1,455 @@
+"""What training costs beside its arithmetic: each case is a ratio to the least that it could cost.
+
+    python benchmarks/training.py --rounds 9
+    python benchmarks/training.py --parts pipeline --dataset path/to/cifar10
+
+Each part replaces its own entry in the JSON file of results, from which the Markdown table is written again.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from published import LOSSES, train
+from timing import ratio, time_in_turn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainingArguments, default_data_collator
+
+from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, SelfDistillationTrainer, get_method
+from hf_selfkd.evaluation import to_table
+from hf_selfkd.functional import add, cross_entropy
+
+METHODS = ("none", "deep_supervision", "byot", "eed", "lsh", "frskd", "okd_mde")
+NARROW = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}
+# name -> (options of the model, side of the images, batch size, whether in bf16)
+WORKLOADS = {
+    "ResNet-18, 96 px, float32": ({}, 96, 8, False),
+    "narrow ResNet, 32 px, bf16": ({"backbone_kwargs": NARROW, "small_input_stem": True}, 32, 128, True),
+}
+CLASSES = 100
+
+
+def create(workload: str, method: str, **config) -> tuple[nn.Module, object]:
+    """Build a model and a method as the trainer joins them."""
+    torch.manual_seed(0)
+    model = MultiExitForImageClassification.from_backbone(
+        "resnet18", num_labels=CLASSES, **(WORKLOADS[workload][0] | config)
+    )
+    method = get_method(method)
+    model.detach_exits, model.scaffold = method.detach_exits, method.scaffold(model)
+    return model.train(), method
+
+
+def data(workload: str) -> tuple[Tensor, Tensor]:
+    _, side, batch_size, _ = WORKLOADS[workload]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, side, side, generator=generator)
+    return images, torch.randint(CLASSES, (batch_size,), generator=generator)
+
+
+def total(method, model: nn.Module, output: MultiExitOutput, labels: Tensor) -> Tensor:
+    """Add up the terms as the trainer does."""
+    terms = method(output, labels, 0.0)
+    if model.detach_exits:
+        terms["exits"] = add(cross_entropy(logits, labels) for logits in output.exit_logits[:-1])
+    return add(terms.values())
+
+
+def step(model: nn.Module, loss, bf16: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        value = loss()
+    value.backward()
+    model.zero_grad()
+
+
+def candidates_of_step(workload: str, name: str) -> dict:
+    """Return the method's step, plain timm's, and the method's own modules and loss on tensors of the same shapes."""
+    model, method = create(workload, name)
+    images, labels = data(workload)
+    bf16 = WORKLOADS[workload][3]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        given = model(images)
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().requires_grad_()
+
+    maps = [leaf(stage_map) for stage_map in given.stage_outputs]
+    logits, features = leaf(given.logits), leaf(given.exit_features[-1])
+
+    def alone() -> Tensor:
+        answers = [
+            head(maps[stage].detach() if model.detach_exits else maps[stage])
+            for head, stage in zip(model.exits, model.exit_stages, strict=True)
+        ]
+        exit_logits, exit_features = zip(*answers, (logits, features), strict=True)
+        output = MultiExitOutput(
+            logits=logits,
+            exit_logits=exit_logits,
+            exit_features=exit_features,
+            exit_maps=tuple(maps),
+            stage_outputs=tuple(maps),
+        )
+        output.scaffold = None if model.scaffold is None else model.scaffold(images, output)
+        return total(method, model, output, labels)
+
+    def forget() -> None:
+        for tensor in (*maps, logits, features):
+            tensor.grad = None
+
+    del given
+    plain = copy.deepcopy(model.backbone)  # its hooks do nothing outside of a call of the model
+
+    def run_alone() -> None:
+        step(model, alone, bf16)
+        forget()
+
+    return {
+        "method": partial(step, model, lambda: total(method, model, model(images), labels), bf16),
+        "plain": partial(step, plain, lambda: F.cross_entropy(plain(images), labels), bf16),
+        "alone": run_alone,
+    }
+
+
+def steps(rounds: int, dataset: str | None) -> list[dict]:
+    """A step, forward and backward, over plain timm's plus the method's own modules and loss timed alone."""
+    rows = []
+    for workload in WORKLOADS:
+        for name in METHODS:
+            candidates = candidates_of_step(workload, name)
+            times = time_in_turn(candidates, rounds)
+            row = {"workload": workload, "method": name}
+            for clock in ("wall", "cpu"):
+                row[f"over its parts ({clock})"] = 1 / ratio(times, [(1, "plain"), (1, "alone")], "method", clock)
+            row["over plain timm (cpu)"] = ratio(times, [(1, "method")], "plain", "cpu")
+            row["multiply-adds over plain timm"] = count(candidates["method"]) / count(candidates["plain"])
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def count(candidate) -> int:
+    with FlopCounterMode(display=False) as counter:
+        candidate()
+    return counter.get_total_flops()
+
+
+def memory(rounds: int, dataset: str | None) -> list[dict]:
+    """Peak of what a step allocates, over the sum of the peaks of plain timm's step and of its own parts alone."""
+    rows = []
+    for workload in WORKLOADS:
+        for name in METHODS:
+            peaks = {key: peak(candidate) for key, candidate in candidates_of_step(workload, name).items()}
+            row = {"workload": workload, "method": name}
+            row |= {f"{key} (MB)": peaks[key] / 1e6 for key in peaks}
+            row["over its parts"] = peaks["method"] / (peaks["plain"] + peaks["alone"])
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def peak(candidate) -> int:
+    """Return the most bytes that are allocated at once beyond those at the start."""
+    candidate()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        candidate()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def losses(rounds: int, dataset: str | None) -> list[dict]:
+    """The loss terms alone, forward and backward, over the published formula in bare PyTorch."""
+    rows = []
+    for classes in (100, 1000):
+        for batch_size in (128, 1024):
+            for name in ("deep_supervision", "byot", "eed", "lsh"):
+                candidates = candidates_of_loss(name, classes, batch_size)
+                times = time_in_turn(candidates, rounds)
+                row = {"loss": name, "classes": classes, "batch": batch_size}
+                for clock in ("wall", "cpu"):
+                    row[f"over bare PyTorch ({clock})"] = ratio(times, [(1, "ours")], "bare", clock)
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
+def candidates_of_loss(name: str, classes: int, batch_size: int) -> dict:
+    torch.manual_seed(0)
+    model = MultiExitForImageClassification.from_backbone("resnet18", num_labels=classes, backbone_kwargs=NARROW)
+    method = get_method(name)
+    scaffold = method.scaffold(model)
+    labels = torch.randint(classes, (batch_size,))
+    logits = [torch.randn(batch_size, classes).requires_grad_() for _ in range(4)]
+    features = [torch.randn(batch_size, 128).requires_grad_() for _ in range(4)]
+
+    def run(loss) -> Tensor:
+        for tensor in (*logits, *features):
+            tensor.grad = None
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    def ours() -> Tensor:
+        output = MultiExitOutput(logits=logits[-1], exit_logits=tuple(logits), exit_features=tuple(features))
+        output.scaffold = None if scaffold is None else scaffold(None, output)
+        return add(method(output, labels, 0.0).values())
+
+    bare = argparse.Namespace(logits=logits, features=features, scaffold=scaffold)
+    candidates = {"ours": partial(run, ours), "bare": partial(run, lambda: LOSSES[name](bare, labels, 0))}
+    torch.testing.assert_close(candidates["ours"](), candidates["bare"](), rtol=1e-4, atol=1e-4)
+    return candidates
+
+
+def loops(rounds: int, dataset: str | None) -> list[dict]:
+    """The trainer over a bare PyTorch loop of the same network, loader and published loss."""
+    rows = []
+    for workload in WORKLOADS:
+        cases = [("none", {"exits": []}, "none without exits"), *((name, {}, name) for name in METHODS)]
+        for name, config, title in cases:
+            times = time_in_turn(candidates_of_loop(workload, name, config), rounds)
+            row = {"workload": workload, "method": title}
+            for clock in ("wall", "cpu"):
+                row[f"trainer over loop ({clock})"] = ratio(times, [(1, "trainer")], "loop", clock)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def candidates_of_loop(workload: str, name: str, config: dict, num_steps: int = 20) -> dict:
+    _, side, batch_size, bf16 = WORKLOADS[workload]
+    model, _ = create(workload, name, **config)
+    model.scaffold = None  # the trainer gives it its own
+    samples = [
+        {"pixel_values": torch.randn(3, side, side), "labels": index % CLASSES}
+        for index in range(num_steps * batch_size)
+    ]
+    args = TrainingArguments(
+        tempfile.mkdtemp(),
+        num_train_epochs=1,
+        per_device_train_batch_size=batch_size,
+        optim="sgd",
+        learning_rate=1e-4,
+        weight_decay=0.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=num_steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=bf16,
+    )
+    trainer = SelfDistillationTrainer(model, args, name, train_dataset=samples)
+    trainer.log = lambda logs, start_time=None: None
+    other = copy.deepcopy(trainer.model)
+    loader = DataLoader(samples, batch_size, shuffle=True, collate_fn=default_data_collator, drop_last=False)
+    optimizer = torch.optim.SGD(other.parameters(), lr=1e-4)
+    return {
+        "trainer": trainer.train,
+        "loop": lambda: train(other, name, loader, optimizer, [0.0] * num_steps, bf16),
+    }
+
+
+def pipeline(rounds: int, dataset: str | None) -> list[dict]:
+    """Images that two workers deliver, against timm's loader with the same images and transforms."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {"224 px, folder of JPEG files": (write_folder(Path(folder)), 224, 4)}
+        if dataset:
+            sources["32 px, CIFAR-10 parquet"] = (dataset, 32, 4)
+        for title, (path, side, padding) in sources.items():
+            candidates, images = candidates_of_pipeline(path, side, padding)
+            times = time_in_turn(candidates, rounds)
+            row = {"source": title, "images": images}
+            row["time over timm's (wall)"] = ratio(times, [(1, "ours")], "timm", "wall")
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def write_folder(folder: Path, count: int = 600) -> str:
+    from torchvision.io import write_jpeg
+
+    generator = torch.Generator().manual_seed(0)
+    for index in range(count):
+        coarse = torch.rand(1, 3, 12, 16, generator=generator)
+        image = F.interpolate(coarse, size=(375, 500), mode="bilinear")[0].mul(255).byte()
+        (folder / str(index % 4)).mkdir(exist_ok=True)
+        write_jpeg(image, str(folder / str(index % 4) / f"{index}.jpg"))
+    return str(folder)
+
+
+def candidates_of_pipeline(path: str, side: int, padding: int) -> tuple[dict, int]:
+    from data import DataArguments, LabelledImages, load_images, training_transform
+    from timm.data import create_loader
+
+    arguments = DataArguments(dataset=path, max_train_samples=5000, image_size=side, crop_padding=padding)
+    splits, _ = load_images(arguments)
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    transform = training_transform(arguments, {"interpolation": "bilinear", "mean": mean, "std": std})
+    args = TrainingArguments(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=128,
+        dataloader_num_workers=2,
+        dataloader_drop_last=True,
+        use_cpu=True,
+        report_to="none",
+    )
+    model = MultiExitForImageClassification.from_backbone("test_resnet", num_labels=10)
+    ours = LabelledImages(splits["train"], transform)
+    trainer = SelfDistillationTrainer(model, args, "none", train_dataset=ours)
+
+    class Pairs(torch.utils.data.Dataset):
+        """The same images, as timm's loader wants them."""
+
+        def __len__(self) -> int:
+            return len(ours)
+
+        def __getitem__(self, index: int):
+            sample = ours[index]
+            return sample["pixel_values"], sample["labels"]
+
+    pairs = Pairs()
+    loader = create_loader(
+        pairs, (3, side, side), 128, is_training=True, no_aug=True, use_prefetcher=False, num_workers=2,
+        persistent_workers=False,
+    )  # fmt: skip
+    # create_loader gives the data set a transform of its own; that of the images stays the one above.
+
+    def read(batches) -> None:
+        for _ in batches:
+            pass
+
+    return {"ours": lambda: read(trainer.get_train_dataloader()), "timm": lambda: read(loader)}, len(ours)
+
+
+def communication(rounds: int, dataset: str | None) -> list[dict]:
+    """Bytes that two processes reduce in a step, over the bytes of the gradients of all parameters that train."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(count_traffic, (folder,), nprocs=2)
+        rows = json.loads((Path(folder) / "rows.json").read_text())
+    for row in rows:
+        print(row, flush=True)
+    return rows
+
+
+def count_traffic(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rows = []
+    workload = "narrow ResNet, 32 px, bf16"
+    for name in METHODS:
+        model, method = create(workload, name)
+        images, labels = data(workload)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        reduced = []
+
+        def hook(state, bucket, reduced=reduced):
+            reduced.append(bucket.buffer().nbytes)
+            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+        parallel.register_comm_hook(None, hook)
+        for _ in range(2):  # buckets are made anew after the first step
+            reduced.clear()
+            total(method, model, parallel(images[:16]), labels[:16]).backward()
+        gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        rows.append(
+            {
+                "method": name,
+                "reduced (MB)": sum(reduced) / 1e6,
+                "gradients (MB)": gradients / 1e6,
+                "ratio": sum(reduced) / gradients,
+            }
+        )
+    if rank == 0:
+        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def startup(rounds: int, dataset: str | None) -> list[dict]:
+    """Time to import hf_selfkd over that of transformers with its Trainer, each in a fresh process."""
+
+    def load(statement: str) -> None:
+        subprocess.run([sys.executable, "-c", statement], check=True)
+
+    candidates = {
+        "ours": partial(load, "import hf_selfkd"),
+        "transformers": partial(load, "from transformers import Trainer"),
+        "both": partial(load, "import timm; from transformers import Trainer"),
+    }
+    times = time_in_turn(candidates, rounds)
+    return [
+        {
+            "import": "hf_selfkd",
+            "over transformers with Trainer (wall)": ratio(times, [(1, "ours")], "transformers", "wall"),
+            "over timm and transformers with Trainer (wall)": ratio(times, [(1, "ours")], "both", "wall"),
+        }
+    ]
+
+
+PARTS = {
+    "steps": steps,
+    "memory": memory,
+    "losses": losses,
+    "loops": loops,
+    "pipeline": pipeline,
+    "communication": communication,
+    "startup": startup,
+}
+
+
+def write(path: Path, results: dict) -> None:
+    """Write the results, and a Markdown table of them beside."""
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    sections = ["Written by `benchmarks/training.py`."]
+    for part, measure in PARTS.items():
+        if part in results:
+            about = ", ".join(f"{key}: {value}" for key, value in results[part]["about"].items())
+            sections.append(f"## {part}\n\n{measure.__doc__}\n\n{about}")
+            sections.append(to_table(results[part]["rows"]))
+    path.with_suffix(".md").write_text("\n\n".join(sections) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=9, help="Rounds of timing.")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of torch.")
+    parser.add_argument("--dataset", help="A local folder of CIFAR-10, for the part pipeline.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "training.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = json.loads(options.output.read_text()) if options.output.exists() else {}
+    for part in options.parts:
+        load = os.getloadavg()[0]
+        rows = PARTS[part](options.rounds, options.dataset)
+        about = {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "load at the start and end": f"{load:.1f}, {os.getloadavg()[0]:.1f}",
+        }
+        results[part] = {"about": about, "rows": rows}
+        write(options.output, results)
+
+
+if __name__ == "__main__":
+    main()
