@@ -19,6 +19,7 @@ __all__ = [
     "EarlyExitOutput",
     "ExitPolicy",
     "Method",
+    "MultiExitAccuracy",
     "MultiExitConfig",
     "MultiExitForImageClassification",
     "MultiExitForSemanticSegmentation",
@@ -41,3 +42,12 @@ MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[MultiExitConfig.model_type] = Mult
 MultiExitConfig.register_for_auto_class()
 MultiExitForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 MultiExitForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+
+
+def __getattr__(name: str):
+    # Only this needs `evaluate`, a tenth of what importing the package takes.
+    if name == "MultiExitAccuracy":
+        from .multi_exit_accuracy import MultiExitAccuracy
+
+        return MultiExitAccuracy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

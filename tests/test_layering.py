@@ -42,6 +42,14 @@ def test_what_a_checkpoint_carries_is_flat_and_self_contained(name):
     assert packages <= SHIPPED
 
 
+def test_evaluate_is_imported_only_when_its_metric_is_asked_for():
+    importers = {path.stem for path in PACKAGE.glob("*.py") if "evaluate" in imports(path)[1]}
+    assert importers == {"multi_exit_accuracy"}
+    assert not any(
+        "multi_exit_accuracy" in sibling for path in PACKAGE.glob("[!_]*.py") for sibling in imports(path)[0]
+    )
+
+
 def test_arithmetic_knows_torch_only():
     assert imports(PACKAGE / "functional.py") == (set(), {"torch"})
 

@@ -10,7 +10,7 @@ def test_all_is_sorted_complete_and_documented():
         for name, value in vars(hf_selfkd).items()
         if getattr(value, "__module__", "").startswith("hf_selfkd.") and not name.startswith("_")
     }
-    assert public == set(hf_selfkd.__all__)
+    assert public | {"MultiExitAccuracy"} == set(hf_selfkd.__all__)  # which is imported when it is asked for
     for name in hf_selfkd.__all__:
         assert inspect.getdoc(getattr(hf_selfkd, name)), name
 

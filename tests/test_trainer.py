@@ -8,12 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import v2
-from transformers import EvalPrediction
 
 from hf_selfkd import MultiExitForImageClassification, get_method
 from hf_selfkd.averaging import WeightAverage
 from hf_selfkd.functional import add, cross_entropy, smooth_labels
-from hf_selfkd.metrics import compute_exit_metrics, reduce_to_exit_metrics
 from hf_selfkd.seeding import SeededDataset
 
 NORM_FREE = "test_vit"  # layer norm, in its exits too: no statistic depends on the micro-batch
@@ -115,12 +113,12 @@ def test_evaluation_reports_every_exit_and_the_ensemble(build, batch, images, tr
     assert metrics["eval_accuracy_ensemble"] == pytest.approx(ensemble)
 
 
-def test_evaluation_gathers_two_numbers_per_exit_and_image(build, images, train):
+def test_evaluation_gathers_three_numbers_per_exit_and_image(build, images, train):
     trainer = train(build(), max_steps=1)
     seen = []
     trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions) or {}
     trainer.evaluate()
-    assert seen[0].shape == (20, 5, 2)
+    assert seen[0].shape == (20, 5, 3)
 
 
 def test_own_metrics_see_all_logits(build, images, train):
@@ -146,18 +144,6 @@ def test_predict_returns_all_logits_and_the_metrics(build, images, train):
     evaluated = trainer.evaluate()
     for name in ("loss", "accuracy", "accuracy_exit_0", "accuracy_ensemble"):
         assert prediction.metrics[f"test_{name}"] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-5)
-
-
-def test_metrics_leave_out_what_has_no_label():
-    logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
-    labels = torch.tensor([0, -100, 1])
-    reduced = reduce_to_exit_metrics((logits, (logits,)), labels)
-    assert reduced.shape == (3, 2, 2)
-    metrics = compute_exit_metrics(EvalPrediction(predictions=reduced.numpy(), label_ids=labels.numpy()))
-    assert metrics["accuracy"] == 0.5
-    assert metrics["loss"] == pytest.approx(cross_entropy(logits, labels).item())
-    nothing = compute_exit_metrics(EvalPrediction(predictions=reduced.numpy(), label_ids=np.full(3, -100)))
-    assert nothing["accuracy"] == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
