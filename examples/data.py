@@ -71,6 +71,16 @@ def load_images(arguments: DataArguments) -> tuple[DatasetDict, list[str]]:
     return chosen, _class_names(chosen, label)
 
 
+def card_facts(arguments: DataArguments) -> dict[str, Any]:
+    """Return what the model card tells of the data: what it is called, and how it was varied in training."""
+    augmentation = ("crop_padding", "horizontal_flip", "auto_augment", "random_erasing", "mixup", "cutmix")
+    recipe = {name: getattr(arguments, name) for name in augmentation if getattr(arguments, name)}
+    if arguments.dataset in HUB_DATASETS:
+        return {"dataset": arguments.dataset, "dataset_tags": HUB_DATASETS[arguments.dataset], "recipe": recipe}
+    name = "scikit-learn digits" if arguments.dataset == "digits" else Path(arguments.dataset).resolve().name
+    return {"dataset": name, "recipe": recipe}
+
+
 def _load(name: str) -> DatasetDict:
     if name not in HUB_DATASETS and not Path(name).is_dir():
         known = ", ".join([*HUB_DATASETS, "digits"])

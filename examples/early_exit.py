@@ -5,7 +5,7 @@
 
 Half of the evaluation split calibrates, the other half judges. Afterwards `pipeline("image-classification")` and
 `AutoModelForImageClassification` on the checkpoint leave early by themselves. The tables are printed; they and the
-curve go into the checkpoint's folder as early_exit.json and early_exit.png.
+curve go into the checkpoint's folder as early_exit.json and early_exit.png, and its model card tells of the policy.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from hf_selfkd.evaluation import (
     plot_curves,
     to_table,
 )
+from hf_selfkd.model_card import update_model_card
 
 
 def parse() -> argparse.Namespace:
@@ -59,12 +60,17 @@ def main():
     policy = hf_selfkd.calibrate(*given, costs, **demand, delta=options.delta, criterion=options.criterion)
     exit_index, logits = policy.decide(kept[0])
     batch = torch.stack([halves[1][index]["pixel_values"] for index in range(min(64, len(halves[1])))])
+    metric = hf_selfkd.MultiExitAccuracy(keep_in_memory=True)
+    scores = metric.compute(predictions=kept[0].transpose(0, 1), references=kept[1])
     result = {
         "policy": policy.to_dict(),
         "accuracy": (logits.argmax(dim=1) == kept[1]).double().mean().item(),
         "cost": sum(costs[exit] for exit in exit_index.tolist()) / len(exit_index) / costs[-1],
         "throughput": measure_throughput(model, batch.to(model.device), policy, costs),
-        "exits": anytime_curve(*kept, costs),
+        "exits": [
+            row | {"calibration error": scores[f"calibration_error_exit_{row['exit']}"]}
+            for row in anytime_curve(*kept, costs)
+        ],
         "budgets": budgeted_curve(*given, costs, *kept, criterion=options.criterion),
     }
     for title in ("exits", "budgets"):
@@ -78,6 +84,9 @@ def main():
     plot_curves(
         {"single exits": result["exits"], "early exit": result["budgets"]}, options.checkpoint / "early_exit.png"
     )
+    trial = {"num_images": len(kept[1]), "accuracy": result["accuracy"], "cost": result["cost"]}
+    trial |= result["throughput"] | {"batch_size": len(batch), "picture": "early_exit.png"}
+    update_model_card(model, options.checkpoint, trial)
     print(f"\nSaved to {options.checkpoint}")
 
 

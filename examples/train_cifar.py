@@ -20,6 +20,7 @@ from data import (
     CIFAR_STD,
     DataArguments,
     LabelledImages,
+    card_facts,
     load_images,
     mixing_transform,
     training_transform,
@@ -28,7 +29,8 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, s
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_selfkd import MultiExitForImageClassification, SelfDistillationTrainer, exit_costs, get_method
-from hf_selfkd.evaluation import exit_parameters, to_table
+from hf_selfkd.evaluation import to_table
+from hf_selfkd.model_card import exit_rows
 
 PRESETS = {
     "smoke": {
@@ -165,21 +167,6 @@ def build_model(options: ModelArguments, data: DataArguments, class_names: list[
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
-def exit_table(metrics: dict[str, float], model) -> str:
-    costs = zip(exit_costs(model), exit_parameters(model), strict=True)
-    return to_table(
-        [
-            {
-                "exit": exit,
-                "accuracy (%)": f"{100 * metrics[f'eval_accuracy_exit_{exit}']:.2f}",
-                "million multiply-adds": f"{multiply_adds / 1e6:.2f}",
-                "million parameters": f"{parameters / 1e6:.3f}",
-            }
-            for exit, (multiply_adds, parameters) in enumerate(costs)
-        ]
-    )
-
-
 def main():
     options, data, args = parse()
     checkpoint = find_checkpoint(args)
@@ -199,6 +186,7 @@ def main():
         lr_gamma=options.lr_gamma,
         decay_norms=options.decay_norms,
         ema_decay=options.ema_decay,
+        card=card_facts(data),
         callbacks=[EpochTable()],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -206,7 +194,7 @@ def main():
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        print(f"\n{exit_table(metrics, model)}\n\nSaved to {args.output_dir}")
+        print(f"\n{to_table(exit_rows(model, metrics, exit_costs(model)))}\n\nSaved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

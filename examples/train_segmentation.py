@@ -179,6 +179,15 @@ def save_pictures(model, rows, folder: Path, ignore_index: int) -> None:
         PILImage.fromarray(np.concatenate(panels, axis=1)).save(folder / f"{index}.png")
 
 
+def card_facts(options: Options) -> dict[str, Any]:
+    """Return what the model card tells of the data: what it is called, and how it was varied in training."""
+    augmentation = ("crop_size", "scale_range", "horizontal_flip", "blur")
+    recipe = {name: getattr(options, name) for name in augmentation if getattr(options, name)}
+    if Path(options.dataset).is_dir():
+        return {"dataset": Path(options.dataset).resolve().name, "recipe": recipe}
+    return {"dataset": options.dataset, "dataset_tags": options.dataset, "recipe": recipe}
+
+
 def build_model(options: Options, class_names: list[str]) -> MultiExitForSemanticSegmentation:
     model = MultiExitForSemanticSegmentation.from_backbone(
         options.backbone,
@@ -211,6 +220,7 @@ def main():
         eval_dataset=LabelledMaps(eval_rows, eval_transform),
         lr_milestones=options.lr_milestones,
         decay_norms=True,
+        card=card_facts(options),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()

@@ -70,13 +70,18 @@ def calibrate(
     num_images = _check_shapes(exit_logits, labels, costs)
     if max_risk is None:
         policy, evidence = gather_evidence(exit_logits, labels, costs, criterion)
-        return solve(policy, evidence, **demand)
+        return _note_reference(solve(policy, evidence, **demand), labels)
     in_random_order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     proposing, testing = in_random_order[: num_images // 3], in_random_order[num_images // 3 :]
     policy, proposal = gather_evidence(exit_logits, labels, costs, criterion, rows=proposing)
     _, test = gather_evidence(exit_logits, labels, costs, criterion, rows=testing, policy=policy)
     thresholds = certify(frontier(proposal, max_risk), proposal, test, max_risk, delta, signed=labels is not None)
-    return _finish(policy, thresholds, test, demand | {"delta": delta}, num_images)
+    return _note_reference(_finish(policy, thresholds, test, demand | {"delta": delta}, num_images), labels)
+
+
+def _note_reference(policy: ExitPolicy, labels: Any) -> ExitPolicy:
+    reference = "deepest exit" if labels is None else "labels"
+    return replace(policy, calibration=policy.calibration | {"reference": reference})
 
 
 def solve(

@@ -35,9 +35,12 @@ def describe(backbone: nn.Module, name: str, pretrained: bool, given: dict[str, 
     architecture, tag = backbone.pretrained_cfg["architecture"], backbone.pretrained_cfg.get("tag")
     recorded = {**getattr(backbone, "_model_args", {}), **given}
     kept = {key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS}
+    from_file = backbone.pretrained_cfg.get("file") or "checkpoint_path" in given
     return {
         "backbone": f"{architecture}.{tag}" if pretrained and tag and ":" not in name else architecture,
         "backbone_kwargs": copy.deepcopy(kept),
+        # Where transformers notes what a model was loaded from; the model card calls it the base model.
+        "name_or_path": (backbone.pretrained_cfg.get("hf_hub_id") or "") if pretrained and not from_file else "",
     }
 
 

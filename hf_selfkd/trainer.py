@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from timm.utils import distribute_bn
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, has_length
 
 from .averaging import WeightAverage
+from .card_facts import Evaluation, collect_facts
 from .checkpoints import (
     AVERAGE_NAME,
     SCAFFOLD_NAME,
@@ -25,6 +27,7 @@ from .checkpoints import (
 from .functional import add, cross_entropy, smooth_labels
 from .methods import Method, get_method
 from .metrics import compute_exit_metrics, reduce_to_exit_metrics
+from .model_card import write_model_card
 from .outputs import MultiExitOutput
 from .seeding import SeededDataset
 
@@ -35,9 +38,9 @@ class SelfDistillationTrainer(Trainer):
     Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
     ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and ``eval_accuracy`` of the deepest
     exit, ``eval_loss_exit_<i>`` and ``eval_accuracy_exit_<i>`` of every exit from 0, shallow to deep, and
-    ``eval_accuracy_ensemble``, of the mean of all logits; for segmentation ``mean_iou`` and ``pixel_accuracy`` in the
-    place of ``accuracy``. ``labels`` of segmentation are maps of class indices, in which
-    ``config.semantic_loss_ignore_index`` is void.
+    ``eval_accuracy_ensemble``, of the mean of all logits, with ``calibration_error`` beside every accuracy; for
+    segmentation ``mean_iou`` and ``pixel_accuracy`` in the place of ``accuracy``. ``labels`` of segmentation are maps
+    of class indices, in which ``config.semantic_loss_ignore_index`` is void.
 
     Every training sample is drawn under random states that depend on seed, epoch and index only, so that neither a
     resumed run nor the number of workers changes the augmentation.
@@ -55,6 +58,8 @@ class SelfDistillationTrainer(Trainer):
             evaluated and what the model holds after training.
         mix: Applied to ``(pixel_values, labels)`` of every training batch, on its device, such as torchvision's
             ``v2.MixUp``; labels become probabilities.
+        card: What the run cannot know for its model card, such as ``{"dataset": "cifar10"}``: arguments of
+            :func:`~hf_selfkd.card_facts.collect_facts`. The card is written by ``save_model`` and ``push_to_hub``.
         compute_metrics: As in ``Trainer``, and then it sees the logits of all exits; ``None`` for the metrics above.
         kwargs: What ``Trainer`` takes.
 
@@ -76,6 +81,7 @@ class SelfDistillationTrainer(Trainer):
         decay_norms: bool = False,
         ema_decay: float | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        card: dict[str, Any] | None = None,
         compute_metrics=None,
         **kwargs,
     ):
@@ -86,6 +92,10 @@ class SelfDistillationTrainer(Trainer):
         self.lr_gamma = lr_gamma
         self.decay_norms = decay_norms
         self.mix = mix
+        self.card = card or {}
+        self.has_own_optimizer = "optimizer_cls_and_kwargs" in kwargs or any(kwargs.get("optimizers", ()))
+        self.policy_before_training: dict[str, Any] | None = None
+        self._evaluation: Evaluation | None = None
         self._terms: dict[str, Tensor] = defaultdict(lambda: 0.0)
         self._term_steps = 0.0
         args = TrainingArguments() if args is None else args
@@ -237,7 +247,16 @@ class SelfDistillationTrainer(Trainer):
         """Evaluate the averaged weights if there are any, with batch-norm statistics that agree on all processes."""
         self._synchronise_batch_norm()
         with self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext():
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        if "eval_loss" in output.metrics:  # and not predict's
+            self._evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics)
+        return output
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The last evaluation, if it was one of the weights as they are."""
+        found = self._evaluation
+        return found if found is not None and found.step == self.state.global_step else None
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
         """Predict; ``predictions`` holds the logits, and a tuple with those of every exit."""
@@ -258,14 +277,31 @@ class SelfDistillationTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; into a checkpoint also what only trains, the averaged weights and the method's name."""
+        """Save the model and its card; into a checkpoint also what only trains and the averaged weights.
+
+        Beside these a checkpoint holds the method's name, and no card.
+        """
         super().save_model(output_dir, _internal_call)
+        if not _internal_call and not (self.args.push_to_hub and output_dir is None):  # what was pushed has its card
+            self._write_card(output_dir or self.args.output_dir)
         if _internal_call and output_dir is not None and self.args.should_save:  # called by _save_checkpoint
             save_method(output_dir, self.method.name)
             if self.model.scaffold is not None:
                 save_state(self.model.scaffold.state_dict(), output_dir, SCAFFOLD_NAME)
             if self.average is not None:
                 save_state(self.average.state_dict(), output_dir, AVERAGE_NAME)
+
+    def create_model_card(self, **facts) -> None:
+        """Write the model card into the output folder, see :func:`~hf_selfkd.model_card.write_model_card`.
+
+        Args:
+            facts: What the run cannot know, beside what was given as ``card``.
+        """
+        self._write_card(self.args.output_dir, **facts)
+
+    def _write_card(self, folder: str, **facts) -> None:
+        if self.is_world_process_zero():
+            write_model_card(self.model, folder, collect_facts(self, folder, **(self.card | facts)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_method(resume_from_checkpoint, self.method.name)
@@ -279,6 +315,10 @@ class SelfDistillationTrainer(Trainer):
     def _load_best_model(self) -> None:
         with self._without_scaffold():
             super()._load_best_model()
+        if self._evaluation is not None:
+            best = [log for log in self.state.log_history if log["step"] == self.state.best_global_step]
+            metrics = {name: value for log in best for name, value in log.items() if name.startswith("eval_")}
+            self._evaluation = self._evaluation._replace(step=self.state.global_step, metrics=metrics)
         if self.average is not None:
             self.average.final = load_state(self.state.best_model_checkpoint, AVERAGE_NAME, "ema_decay")
 
@@ -310,6 +350,8 @@ class _Preparation(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._evaluation = None
+        self.trainer.policy_before_training = self.trainer.model.config.exit_policy
         if state.global_step == 0:
             model = self.trainer.model
             model.eval()

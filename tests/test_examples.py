@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -56,13 +57,23 @@ def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
     folder, printed = digits_run
     metrics = json.loads((folder / "eval_results.json").read_text())
     header, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
-    assert header == ["exit", "accuracy (%)", "million multiply-adds", "million parameters"]
+    assert header == [
+        "exit",
+        "accuracy (%)",
+        "calibration error (%)",
+        "million multiply-adds",
+        "million parameters",
+    ]
     model = AutoModelForImageClassification.from_pretrained(folder)
     for exit, (row, cost) in enumerate(zip(rows, hf_selfkd.exit_costs(model), strict=True)):
         assert row[0] == str(exit)
         assert float(row[1]) == pytest.approx(100 * metrics[f"eval_accuracy_exit_{exit}"], abs=0.01)
-        assert float(row[2]) == pytest.approx(cost / 1e6, abs=0.01)
-    assert float(rows[-1][3]) == pytest.approx(model.num_parameters() / 1e6, abs=0.001)
+        assert float(row[3]) == pytest.approx(cost / 1e6, abs=0.01)
+    assert float(rows[-1][4]) == pytest.approx(model.num_parameters() / 1e6, abs=0.001)
+    card = ModelCard.load(folder / "README.md")
+    assert "Evaluated on 360 images of scikit-learn digits." in card.text and "| crop_padding | 4 |" in card.text
+    found = [result.metric_value for result in card.data.eval_results]
+    assert found[:-1] == pytest.approx([metrics[f"eval_accuracy_exit_{exit}"] for exit in range(4)], abs=5e-5)
     answer = pipeline("image-classification", model=str(folder))(noise())
     assert {entry["label"] for entry in answer} <= {str(digit) for digit in range(10)}
 
@@ -111,6 +122,14 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     PILImage.fromarray(np.array([[0, 25700, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
     image = data.read_image({"path": str(tmp_path / "deep.png"), "bytes": None})
     assert np.asarray(image)[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_cards_name_data_as_people_know_it(tmp_path):
+    on_the_hub = data.card_facts(data.DataArguments(dataset="cifar10", mixup=0.2))
+    assert on_the_hub["dataset"] == "cifar10" and on_the_hub["dataset_tags"] == "uoft-cs/cifar10"
+    assert on_the_hub["recipe"] == {"crop_padding": 4, "horizontal_flip": True, "mixup": 0.2}
+    local = data.card_facts(data.DataArguments(dataset=str(tmp_path / "flowers"), horizontal_flip=False))
+    assert local == {"dataset": "flowers", "recipe": {"crop_padding": 4}}
 
 
 def test_a_file_that_is_no_image_is_named_with_its_index(tmp_path):

@@ -22,7 +22,11 @@ def test_a_checkpoint_learns_when_to_stop(build, images, tmp_path):
     result = json.loads((tmp_path / "early_exit.json").read_text())
     assert len(result["exits"]) == 4 and result["policy"]["calibration"]["demand"] == {"target_cost": 0.7}
     assert (tmp_path / "early_exit.png").stat().st_size > 1000
-    assert "| exit | cost | share | accuracy |" in process.stdout
+    assert "| exit | cost | share | accuracy | calibration error |" in process.stdout
+    card = (tmp_path / "README.md").read_text()
+    assert "Calibrated on 60 images for the best accuracy within 0.7 of the full cost." in card
+    assert f"On 60 other images: accuracy {100 * result['accuracy']:.2f} % at {result['cost']:.3f} of" in card
+    assert "![Accuracy against mean cost](early_exit.png)" in card
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     assert ExitPolicy.from_dict(loaded.config.exit_policy).num_exits == 4
     assert isinstance(loaded(images[0]["pixel_values"][None]), EarlyExitOutput)

@@ -1,0 +1,60 @@
+"""Train the reference checkpoints with the examples, as a user would, and keep the model cards that they get.
+
+    python model_cards/generate.py                     # digits, a minute on one core
+    python model_cards/generate.py --cifar10 cifar10   # CIFAR-10 too, from the Hub or from a local folder; some minutes
+
+Every folder here is what the Hub would show of a checkpoint: `README.md` and its pictures.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from accuracy import NETWORK, recipe  # noqa: E402
+
+DIGITS = ["--dataset", "digits", "--preset", "smoke"]
+
+
+def cifar10(dataset: str) -> list[str]:
+    """Return the options for the network and the recipe of the accuracy benchmark, with fewer epochs."""
+    arguments = argparse.Namespace(dataset=dataset, train_images=10000, epochs=10)
+    return [*recipe(arguments), "--method", "byot", "--backbone_kwargs", json.dumps(NETWORK)]
+
+
+def generate(name: str, dataset: str, training: list[str], demand: list[str]) -> None:
+    """Train, calibrate when images leave early, and keep card and pictures under ``name``."""
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint = Path(work) / name
+        run("train_cifar.py", *training, "--output_dir", str(checkpoint))
+        run("early_exit.py", "--checkpoint", str(checkpoint), "--dataset", dataset, *demand)
+        target = ROOT / "model_cards" / name
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for path in [checkpoint / "README.md", *checkpoint.glob("*.png")]:
+            shutil.copy(path, target)
+
+
+def run(example: str, *options: str) -> None:
+    """Run an example from the root of the repository, whose commit the card then names."""
+    subprocess.run([sys.executable, str(ROOT / "examples" / example), *options], cwd=ROOT, check=True)
+
+
+def main() -> None:
+    """Generate the cards."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar10", help="cifar10 for the Hub, or a local folder of it; without it digits only")
+    dataset = parser.parse_args().cifar10
+    generate("digits", "digits", DIGITS, ["--max_accuracy_drop", "0.01"])
+    if dataset is not None:
+        generate("cifar10-small", dataset, cifar10(dataset), ["--max_risk", "0.02"])
+
+
+if __name__ == "__main__":
+    main()
