@@ -10,11 +10,11 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, has_length
 
 from .averaging import WeightAverage
-from .card_facts import Evaluation, collect_facts
+from .card_trainer import CardTrainer
 from .checkpoints import (
     AVERAGE_NAME,
     SCAFFOLD_NAME,
@@ -27,12 +27,11 @@ from .checkpoints import (
 from .functional import add, cross_entropy, smooth_labels
 from .methods import Method, get_method
 from .metrics import compute_exit_metrics, reduce_to_exit_metrics
-from .model_card import write_model_card
 from .outputs import MultiExitOutput
 from .seeding import SeededDataset
 
 
-class SelfDistillationTrainer(Trainer):
+class SelfDistillationTrainer(CardTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
@@ -59,7 +58,7 @@ class SelfDistillationTrainer(Trainer):
         mix: Applied to ``(pixel_values, labels)`` of every training batch, on its device, such as torchvision's
             ``v2.MixUp``; labels become probabilities.
         card: What the run cannot know for its model card, such as ``{"dataset": "cifar10"}``: arguments of
-            :func:`~hf_selfkd.card_facts.collect_facts`. The card is written by ``save_model`` and ``push_to_hub``.
+            :func:`~hf_selfkd.card_facts.collect_facts`. ``save_model`` and ``push_to_hub`` write the card.
         compute_metrics: As in ``Trainer``, and then it sees the logits of all exits; ``None`` for the metrics above.
         kwargs: What ``Trainer`` takes.
 
@@ -92,10 +91,6 @@ class SelfDistillationTrainer(Trainer):
         self.lr_gamma = lr_gamma
         self.decay_norms = decay_norms
         self.mix = mix
-        self.card = card or {}
-        self.has_own_optimizer = "optimizer_cls_and_kwargs" in kwargs or any(kwargs.get("optimizers", ()))
-        self.policy_before_training: dict[str, Any] | None = None
-        self._evaluation: Evaluation | None = None
         self._terms: dict[str, Tensor] = defaultdict(lambda: 0.0)
         self._term_steps = 0.0
         args = TrainingArguments() if args is None else args
@@ -110,7 +105,7 @@ class SelfDistillationTrainer(Trainer):
                 )
             compute_metrics = compute_exit_metrics
             kwargs.setdefault("preprocess_logits_for_metrics", reduce_to_exit_metrics)
-        super().__init__(model=model, args=args, compute_metrics=compute_metrics, **kwargs)
+        super().__init__(model=model, args=args, compute_metrics=compute_metrics, card=card, **kwargs)
         self.average = None if ema_decay is None else WeightAverage(ema_decay)
         self.add_callback(_Preparation(self))
         if self.average is not None:
@@ -247,16 +242,7 @@ class SelfDistillationTrainer(Trainer):
         """Evaluate the averaged weights if there are any, with batch-norm statistics that agree on all processes."""
         self._synchronise_batch_norm()
         with self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext():
-            output = super().evaluation_loop(*args, **kwargs)
-        if "eval_loss" in output.metrics:  # and not predict's
-            self._evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics)
-        return output
-
-    @property
-    def evaluation(self) -> Evaluation | None:
-        """The last evaluation, if it was one of the weights as they are."""
-        found = self._evaluation
-        return found if found is not None and found.step == self.state.global_step else None
+            return super().evaluation_loop(*args, **kwargs)
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
         """Predict; ``predictions`` holds the logits, and a tuple with those of every exit."""
@@ -277,31 +263,14 @@ class SelfDistillationTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model and its card; into a checkpoint also what only trains and the averaged weights.
-
-        Beside these a checkpoint holds the method's name, and no card.
-        """
+        """Save the model; into a checkpoint also what only trains, the averaged weights and the method's name."""
         super().save_model(output_dir, _internal_call)
-        if not _internal_call and not (self.args.push_to_hub and output_dir is None):  # what was pushed has its card
-            self._write_card(output_dir or self.args.output_dir)
         if _internal_call and output_dir is not None and self.args.should_save:  # called by _save_checkpoint
             save_method(output_dir, self.method.name)
             if self.model.scaffold is not None:
                 save_state(self.model.scaffold.state_dict(), output_dir, SCAFFOLD_NAME)
             if self.average is not None:
                 save_state(self.average.state_dict(), output_dir, AVERAGE_NAME)
-
-    def create_model_card(self, **facts) -> None:
-        """Write the model card into the output folder, see :func:`~hf_selfkd.model_card.write_model_card`.
-
-        Args:
-            facts: What the run cannot know, beside what was given as ``card``.
-        """
-        self._write_card(self.args.output_dir, **facts)
-
-    def _write_card(self, folder: str, **facts) -> None:
-        if self.is_world_process_zero():
-            write_model_card(self.model, folder, collect_facts(self, folder, **(self.card | facts)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_method(resume_from_checkpoint, self.method.name)
@@ -315,10 +284,6 @@ class SelfDistillationTrainer(Trainer):
     def _load_best_model(self) -> None:
         with self._without_scaffold():
             super()._load_best_model()
-        if self._evaluation is not None:
-            best = [log for log in self.state.log_history if log["step"] == self.state.best_global_step]
-            metrics = {name: value for log in best for name, value in log.items() if name.startswith("eval_")}
-            self._evaluation = self._evaluation._replace(step=self.state.global_step, metrics=metrics)
         if self.average is not None:
             self.average.final = load_state(self.state.best_model_checkpoint, AVERAGE_NAME, "ema_decay")
 
@@ -350,8 +315,6 @@ class _Preparation(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._evaluation = None
-        self.trainer.policy_before_training = self.trainer.model.config.exit_policy
         if state.global_step == 0:
             model = self.trainer.model
             model.eval()

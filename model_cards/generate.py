@@ -1,7 +1,7 @@
 """Train the reference checkpoints with the examples, as a user would, and keep the model cards that they get.
 
     python model_cards/generate.py                     # digits, a minute on one core
-    python model_cards/generate.py --cifar10 cifar10   # CIFAR-10 too, from the Hub or from a local folder; some minutes
+    python model_cards/generate.py --cifar10 cifar10   # CIFAR-10 too, from the Hub or a local folder; some minutes
 
 Every folder here is what the Hub would show of a checkpoint: `README.md` and its pictures.
 """
