@@ -117,7 +117,7 @@ def collect_facts(
         tags: Further tags.
         recipe: What else belongs to the recipe, such as the augmentation, which the trainer does not see.
     """
-    repository = trainer.hub_model_id or trainer.args.hub_model_id or model_name or Path(folder).resolve().name
+    repository = trainer.hub_model_id or trainer.args.hub_model_id or Path(folder).resolve().name
     tells_training = trainer.state.global_step > 0
     evaluation = trainer.evaluation
     return CardFacts(

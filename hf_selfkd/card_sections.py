@@ -93,11 +93,13 @@ def describe_results(
         latency_runs: Runs that milliseconds are the median of, 0 if they were not measured.
     """
     words = []
-    if rows[-1]["exit"] == "ensemble":
+    if {"accuracy (%)", "mean IoU (%)"} & rows[0].keys():
         amount = f"{facts.num_eval_images:,} images" if facts.num_eval_images else "the evaluation images"
         data = f" of {facts.dataset}" if facts.dataset else ""
         precision = next((f" in {name}" for name in ("bf16", "fp16") if facts.recipe.get(name)), "")
-        words.append(f"Evaluated on {amount}{data}{precision}. The ensemble is the mean of all exits' logits.")
+        words.append(f"Evaluated on {amount}{data}{precision}.")
+    if rows[-1]["exit"] == "ensemble":
+        words.append("The ensemble is the mean of all exits' logits.")
     if "million multiply-adds" in rows[0]:
         words.append("Multiply-adds and parameters are those that an image has met when it leaves at the exit.")
     else:

@@ -20,7 +20,8 @@ class CardTrainer(Trainer):
 
     def __init__(self, *args, card: dict[str, Any] | None = None, **kwargs):
         self.card = card or {}
-        self.has_own_optimizer = "optimizer_cls_and_kwargs" in kwargs or any(kwargs.get("optimizers", ()))
+        given = (*kwargs.get("optimizers", ()), kwargs.get("optimizer_cls_and_kwargs"))
+        self.has_own_optimizer = any(part is not None for part in given)
         self.policy_before_training: dict[str, Any] | None = None
         self._evaluation: Evaluation | None = None
         super().__init__(*args, **kwargs)

@@ -47,7 +47,7 @@ def write_model_card(model: PreTrainedModel, folder: str | Path, facts: CardFact
         curve = [{"share": cost / costs[-1], "accuracy": scores[f"exit {exit}"]} for exit, cost in enumerate(costs)]
         picture = PICTURE
         plot_curves({"single exits": curve}, str(folder / picture))
-    if ensemble := _scores_of(facts.metrics, "ensemble"):
+    if model.num_exits > 1 and (ensemble := _scores_of(facts.metrics, "ensemble")):
         rows.append(dict.fromkeys(rows[0], "") | {"exit": "ensemble"} | ensemble)
     sections = {
         "Use": describe_use(model, facts.repository),
@@ -101,7 +101,8 @@ def exit_scores(model: PreTrainedModel, metrics: dict[str, float]) -> dict[str, 
     """Return accuracy, or mean IoU, under ``exit 0``, ..., ``ensemble``; empty where it was not measured."""
     metric = _metric(model)
     keys = {f"exit {exit}": f"eval_{metric}_exit_{exit}" for exit in range(model.num_exits)}
-    keys["ensemble"] = f"eval_{metric}_ensemble"
+    if model.num_exits > 1:
+        keys["ensemble"] = f"eval_{metric}_ensemble"
     return {name: metrics[key] for name, key in keys.items()} if metrics.keys() >= set(keys.values()) else {}
 
 

@@ -178,7 +178,7 @@ def test_what_is_given_goes_before_what_is_known(run):
     )
     assert card.data.datasets == ["owner/stripes"] and card.data.base_model == "owner/base"
     assert card.data.eval_results[0].dataset_type == "owner/stripes"
-    assert card.text.lstrip().startswith("# named\n")
+    assert card.text.lstrip().startswith("# named\n") and 'model="stripes-run"' in card.text
     (Path(trainer.args.output_dir) / "README.md").write_text(before)
 
 
@@ -236,6 +236,16 @@ def test_a_model_that_nobody_trained_is_told_by_itself(build, tmp_path):
     assert 'model="owner/plain"' in card.text
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert card.data.tags == build().model_tags
+
+
+def test_one_exit_is_no_ensemble(build, tmp_path):
+    metrics = {f"eval_{name}": 0.5 for name in ("accuracy_exit_0", "accuracy_ensemble", "calibration_error_exit_0")}
+    facts = CardFacts(name="plain", repository="plain", dataset="stripes", metrics=metrics, recipe={"bf16": True})
+    write_model_card(build(exits=[]), tmp_path, facts)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert [result.metric_name for result in card.data.eval_results] == ["accuracy (exit 0)"]
+    assert "Evaluated on the evaluation images of stripes in bf16. Multiply-adds" in card.text
+    assert [row["exit"] for row in table_of(card.text, "exit")] == ["0"]
 
 
 def test_writing_leaves_the_mode_of_the_model_alone(build, tmp_path):
