@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .card_facts import Evaluation, collect_facts
@@ -29,8 +29,15 @@ class CardTrainer(Trainer):
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train as ``Trainer`` does; what was known of the weights as they were is void."""
         self._evaluation = None
-        self.policy_before_training = self.model.config.exit_policy
+        if self.model is not None:  # else model_init builds it for a trial
+            self.policy_before_training = self.model.config.exit_policy
         return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial=None) -> PreTrainedModel:
+        """Build the model with ``model_init``, and remember the exit policy it came with."""
+        model = super().call_model_init(trial)
+        self.policy_before_training = model.config.exit_policy
+        return model
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         """Evaluate as ``Trainer`` does, and remember what was found."""
