@@ -85,7 +85,8 @@ def main():
         {"single exits": result["exits"], "early exit": result["budgets"]}, options.checkpoint / "early_exit.png"
     )
     trial = {"num_images": len(kept[1]), "accuracy": result["accuracy"], "cost": result["cost"]}
-    trial |= result["throughput"] | {"batch_size": len(batch), "picture": "early_exit.png"}
+    trial |= {"full_accuracy": result["exits"][-1]["accuracy"], "picture": "early_exit.png"}
+    trial |= result["throughput"] | {"batch_size": len(batch)}
     update_model_card(model, options.checkpoint, trial)
     print(f"\nSaved to {options.checkpoint}")
 

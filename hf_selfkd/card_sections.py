@@ -124,7 +124,7 @@ def describe_policy(model: PreTrainedModel, trial: dict[str, Any] | None = None,
     Args:
         model: A multi-exit model for classification.
         trial: What ``config.exit_policy`` was worth on images that it was not calibrated on: ``num_images``,
-            ``accuracy`` and ``cost``, a share of the full cost; with ``images_per_second`` and
+            ``accuracy`` and ``cost``, a share of the full cost, and ``full_accuracy`` of the deepest exit; with ``images_per_second`` and
             ``plain_images_per_second`` of ``batch_size`` images at once, if they were measured; and ``picture``, the
             name of a file beside the card.
         is_old: Whether the weights were trained on since the policy was found.
@@ -187,13 +187,13 @@ def _describe_calibration(policy: ExitPolicy, leaves_early: bool) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:g} percentage points"
+    return f"{100 * share:g} percentage point{'' if share == 0.01 else 's'}"
 
 
 def _describe_trial(model: PreTrainedModel, trial: dict[str, Any]) -> str:
     text = (
         f"On {trial['num_images']:,} other images: accuracy {100 * trial['accuracy']:.2f} % at {trial['cost']:.3f} of "
-        "the full cost."
+        f"the full cost, against {100 * trial['full_accuracy']:.2f} % of the deepest exit."
     )
     if "images_per_second" in trial:
         text += (
