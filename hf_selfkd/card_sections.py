@@ -124,9 +124,9 @@ def describe_policy(model: PreTrainedModel, trial: dict[str, Any] | None = None,
     Args:
         model: A multi-exit model for classification.
         trial: What ``config.exit_policy`` was worth on images that it was not calibrated on: ``num_images``,
-            ``accuracy`` and ``cost``, a share of the full cost, and ``full_accuracy`` of the deepest exit; with ``images_per_second`` and
-            ``plain_images_per_second`` of ``batch_size`` images at once, if they were measured; and ``picture``, the
-            name of a file beside the card.
+            ``accuracy`` and ``cost``, a share of the full cost, and ``full_accuracy`` of the deepest exit; with
+            ``images_per_second`` and ``plain_images_per_second`` of ``batch_size`` images at once, if they were
+            measured; and ``picture``, the name of a file beside the card.
         is_old: Whether the weights were trained on since the policy was found.
     """
     if model.config.exit_policy is None:
