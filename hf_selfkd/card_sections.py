@@ -137,7 +137,8 @@ def describe_policy(model: PreTrainedModel, trial: dict[str, Any] | None = None,
     policy = ExitPolicy.from_dict(model.config.exit_policy)
     is_patience = policy.criterion == "patience"
     thresholds = [
-        "never" if limit > (exit if is_patience else 1) else limit for exit, limit in enumerate(policy.thresholds)
+        "never" if limit > (exit if is_patience else 1) else limit or "always"
+        for exit, limit in enumerate(policy.thresholds)
     ]
     rows = [
         {"exit": exit, "leaves from": threshold, "temperature": temperature}
