@@ -236,6 +236,8 @@ def _describe_method(method: Method) -> str:
 def _written(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_written(item) for item in value)
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

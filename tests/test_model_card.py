@@ -65,7 +65,7 @@ def run(tmp_path_factory):
         get_method("eed+lsh", eed={"feature_weight": 0.5}),
         train_dataset=samples,
         eval_dataset=samples[:20],
-        lr_milestones=[1],
+        lr_milestones=[1.0, 1.5],
         ema_decay=0.5,
         card={"dataset": "stripes", "license": "apache-2.0", "recipe": {"horizontal_flip": True}},
     )
@@ -124,7 +124,7 @@ def test_the_recipe_is_told_as_far_as_it_is_no_default(run):
         "per_device_train_batch_size": "10",
         "gradient_accumulation_steps": "2",
         "seed": "42",
-        "lr_milestones": "[1]",
+        "lr_milestones": "1, 1.5",
         "lr_gamma": "0.1",
         "ema_decay": "0.5",
         "trained on": machine(torch.device("cpu")),
