@@ -9,7 +9,7 @@ from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, has_length
 
 from .averaging import WeightAverage
@@ -23,13 +23,14 @@ from .checkpoints import (
     save_state,
 )
 from .functional import add, cross_entropy, smooth_labels
+from .hub_trainer import HubTrainer
 from .methods import Method, get_method
 from .metrics import compute_exit_metrics, reduce_to_exit_metrics
 from .outputs import MultiExitOutput
 from .seeding import SeededDataset
 
 
-class SelfDistillationTrainer(Trainer):
+class SelfDistillationTrainer(HubTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
@@ -121,6 +122,7 @@ class SelfDistillationTrainer(Trainer):
                 "Leave them out."
             )
         torch.manual_seed(args.seed)  # the scaffold starts equal on all processes
+        model.add_model_tags(self.method.name.split("+"))
         model.detach_exits = self.method.detach_exits
         model.scaffold = self.method.scaffold(model)
 
