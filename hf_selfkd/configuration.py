@@ -25,7 +25,7 @@ REFUSED_BACKBONE_KWARGS = {
 # A configuration may come from anyone, so its numbers are bounded before anything is built from them: classes; widths
 # and whatever backbone_kwargs say; sides in pixels of the images that the image processor makes. Far above what timm's
 # own models need (115,217 classes, widths of 8,192, images of 1,024 pixels).
-MAX_CLASSES = 1_000_000
+MAX_CLASSES = 200_000
 MAX_SIZE = 65_536
 MAX_IMAGE_SIDE = 8_192
 
@@ -66,7 +66,7 @@ class MultiExitConfig(PreTrainedConfig):
         semantic_loss_ignore_index: Label of void pixels in semantic segmentation.
 
     A configuration from the Hub is safe to read and to build from: it makes nothing fetch or read other files, and
-    more than a million classes, widths and numbers in ``backbone_kwargs`` above 65,536, images of more than 8,192
+    more than 200,000 classes, widths and numbers in ``backbone_kwargs`` above 65,536, images of more than 8,192
     pixels a side and whole models of more than 10 billion values are refused before they take memory.
 
     Raises:

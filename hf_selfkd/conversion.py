@@ -43,7 +43,7 @@ def save_timm_checkpoint(backbone: nn.Module, config: MultiExitConfig, folder: s
     save_for_hf(
         plain,
         folder,
-        model_config={"label_names": [config.id2label[index] for index in range(plain.num_classes)]},
+        model_config={"label_names": [config.id2label.get(index, str(index)) for index in range(plain.num_classes)]},
         data_config={name: config.pretrained_cfg[name] for name in _TRANSFORMS if name in config.pretrained_cfg},
         safe_serialization=True,
     )

@@ -26,7 +26,8 @@ def explained_upload(repo_id: str, kept: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(
-            f"Could not upload to {repo_id}: {reason_of(error)}. {kept} Push again: what has arrived is not sent twice."
+            f"Could not upload to {repo_id}: {reason_of(error)}. {kept} "
+            "Push again: what has arrived is not sent twice."
         ) from error
 
 

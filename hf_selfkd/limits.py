@@ -14,7 +14,7 @@ from .configuration import MultiExitConfig
 MAX_VALUES = 10_000_000_000
 
 # Tensors that the constructor of a backbone may create. hrnet_w64, the most found among timm's models, creates 2,000.
-MAX_TENSORS = 20_000
+MAX_TENSORS = 10_000
 
 # Values that loading may draw or compute because the checkpoint does not hold them: classifiers for other classes,
 # tables of relative positions. More is refused unless the checkpoint itself is larger.

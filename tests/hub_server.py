@@ -79,6 +79,12 @@ class HubServer(ThreadingHTTPServer):
         signed_in = {} if token is None else {"HF_TOKEN": token}
         return kept | signed_in | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
 
+    def create(self, name: str, private: bool = False) -> Repository:
+        """Create a repository as the Hub does, with one commit."""
+        repository = self.repositories[name] = Repository(name.split("/")[0], private)
+        repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+        return repository
+
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
@@ -210,9 +216,7 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{name}"
         if name in self.server.repositories:
             raise Refusal(409, "You already created this model repo", body={"url": url})
-        repository = Repository(owner, private=wanted.get("visibility") == "private")
-        repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
-        self.server.repositories[name] = repository
+        self.server.create(name, private=wanted.get("visibility") == "private")
         return as_json({"url": url})
 
     def create_branch(self, name: str, branch: str):
