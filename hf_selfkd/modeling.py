@@ -75,8 +75,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         """Give exits to a timm model, with weights or without.
 
         Args:
-            backbone: All that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. To start from a file
-                of weights give ``backbone_kwargs={"checkpoint_path": ...}``.
+            backbone: All that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of weights
+                goes into ``backbone_kwargs={"checkpoint_path": ...}``.
             pretrained: Whether to fetch timm's weights.
             num_labels: Number of classes; ``None`` keeps timm's classifier and, if pretrained, its label names.
             config: Fields of :class:`MultiExitConfig`.

@@ -87,8 +87,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         """Put pyramid and heads on a timm model, with weights or without.
 
         Args:
-            backbone: All that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. To start from a file
-                of weights give ``backbone_kwargs={"checkpoint_path": ...}``.
+            backbone: All that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of weights
+                goes into ``backbone_kwargs={"checkpoint_path": ...}``.
             num_labels: Number of classes, void not counted.
             pretrained: Whether to fetch timm's weights.
             config: Fields of :class:`MultiExitConfig`.

@@ -91,7 +91,7 @@ def test_a_multi_exit_model_is_not_written_over(tmp_path):
 
 
 def test_there_and_back_by_the_hub(hub, tmp_path):
-    """timm fetches what save_timm wrote, from_backbone gives it exits again, and transformers' timm wrapper reads it."""
+    """timm fetches what save_timm wrote, from_backbone gives it exits again, transformers' timm wrapper reads it."""
     model = create("test_vit")
     images = image_batch(model)
     model.save_timm(tmp_path / "plain")
