@@ -84,14 +84,15 @@ def sizes(config: MultiExitConfig) -> str:
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
 
 
-def check_new_values(model: nn.Module) -> None:
+def check_new_values(model: nn.Module, missing: set[str]) -> None:
     """Raise ValueError if a checkpoint holds far too little for the model that its configuration describes.
 
     Args:
-        model: A model after its checkpoint was read: on the meta device is what the checkpoint does not hold.
+        model: A model after its checkpoint was read, and before what is missing is made.
+        missing: Names of the parameters and buffers that the checkpoint does not hold.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    new = {name: tensor for name, tensor in tensors.items() if tensor.device.type == "meta"}
+    new = {name: tensor for name, tensor in tensors.items() if name in missing}
     num_values = count_values(new.values())
     present = count_values(tensors.values()) - num_values
     if num_values > max(MAX_NEW_VALUES, present):

@@ -144,9 +144,10 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs)
 
     @staticmethod
-    def _finalize_model_loading(model, *args, **kwargs):
-        check_new_values(model)  # before transformers makes what the checkpoint lacks
-        return PreTrainedModel._finalize_model_loading(model, *args, **kwargs)
+    def _finalize_model_loading(model, load_config, loading_info):
+        tables = {name for name, _ in model.named_non_persistent_buffers()}
+        check_new_values(model, loading_info.missing_and_mismatched() | tables)  # before they are made
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(
         self,
