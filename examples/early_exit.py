@@ -6,6 +6,7 @@
 Half of the evaluation split calibrates, the other half judges. Afterwards `pipeline("image-classification")` and
 `AutoModelForImageClassification` on the checkpoint leave early by themselves. The tables are printed; they and the
 curve go into the checkpoint's folder as early_exit.json and early_exit.png, and its model card tells of the policy.
+`--push_to_hub` uploads the folder.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import timm
 import torch
 from data import DataArguments, LabelledImages, load_images
+from huggingface_hub import create_branch, create_repo, upload_folder
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForImageClassification
 
@@ -41,7 +43,27 @@ def parse() -> argparse.Namespace:
     demand.add_argument("--target_cost", type=float, help="Share of the full cost: best accuracy within it.")
     demand.add_argument("--max_accuracy_drop", type=float, help="Accuracy that may be lost: least cost for it.")
     demand.add_argument("--max_risk", type=float, help="The same as a guarantee for images to come.")
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload the checkpoint afterwards.")
+    parser.add_argument("--hub_model_id", help="Repository to upload to. Default: the folder's name.")
+    parser.add_argument("--hub_private_repo", action="store_true", help="Make the repository private if it is new.")
+    parser.add_argument("--hub_revision", help="Branch to upload to. Default: main.")
     return parser.parse_args()
+
+
+def push(options: argparse.Namespace) -> None:
+    """Upload the folder as train_cifar.py does, checkpoints and training_args.bin left out."""
+    name = options.hub_model_id or options.checkpoint.resolve().name
+    repository = create_repo(name, private=options.hub_private_repo or None, exist_ok=True).repo_id
+    if options.hub_revision is not None:
+        create_branch(repository, branch=options.hub_revision, exist_ok=True)
+    upload_folder(
+        repo_id=repository,
+        folder_path=options.checkpoint,
+        revision=options.hub_revision,
+        commit_message="Leave early",
+        ignore_patterns=["_*", "checkpoint-*", "*.bin"],
+    )
+    print(f"Pushed to {repository}")
 
 
 def main():
@@ -89,6 +111,8 @@ def main():
     trial |= result["throughput"] | {"batch_size": len(batch)}
     update_model_card(model, options.checkpoint, trial)
     print(f"\nSaved to {options.checkpoint}")
+    if options.push_to_hub:
+        push(options)
 
 
 if __name__ == "__main__":

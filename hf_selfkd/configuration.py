@@ -1,24 +1,46 @@
 """All that is needed to rebuild a multi-exit model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-# What would make timm read files or fetch weights, or that this library decides itself.
+# What would make timm read files, fetch weights or take memory on a device, or that this library decides itself.
 REFUSED_BACKBONE_KWARGS = {
     "cache_dir",
     "checkpoint_path",
+    "device",
+    "dtype",
     "features_only",
     "num_classes",
     "pretrained",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
+    "pretrained_filter_fn",
+    "pretrained_model_args",
+    "pretrained_strict",
     "scriptable",
 }
+
+# A configuration may come from anyone, so its numbers are bounded before anything is built from them: classes; widths
+# and whatever backbone_kwargs say; sides in pixels of the images that the image processor makes. Far above what timm's
+# own models need (115,217 classes, widths of 8,192, images of 1,024 pixels).
+MAX_CLASSES = 200_000
+MAX_SIZE = 65_536
+MAX_IMAGE_SIDE = 8_192
 
 
 def _is_whole_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Yield the numbers in a value, in lists and dictionaries too."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
 
 
 class MultiExitConfig(PreTrainedConfig):
@@ -43,8 +65,12 @@ class MultiExitConfig(PreTrainedConfig):
         image_processor_type: Class that ``AutoImageProcessor`` builds from this configuration.
         semantic_loss_ignore_index: Label of void pixels in semantic segmentation.
 
+    A configuration from the Hub is safe to read and to build from: it makes nothing fetch or read other files, and
+    more than 200,000 classes, widths and numbers in ``backbone_kwargs`` above 65,536, images of more than 8,192
+    pixels a side and whole models of more than 10 billion values are refused before they take memory.
+
     Raises:
-        ValueError: If a field has the wrong type or a value out of range, or names something that timm would fetch.
+        ValueError: If a field has the wrong type or a value out of range, or names something that would be fetched.
     """
 
     model_type = "multi_exit"
@@ -64,6 +90,7 @@ class MultiExitConfig(PreTrainedConfig):
     semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs):
+        self._check_what_transformers_acts_on(**kwargs)
         super().__post_init__(**kwargs)
         if not isinstance(self.backbone, str) or not self.backbone:
             raise ValueError(f"backbone must be the name of a timm architecture, but got {self.backbone!r}.")
@@ -80,18 +107,53 @@ class MultiExitConfig(PreTrainedConfig):
                 f"backbone_kwargs must not contain {', '.join(refused)}: a configuration holds no weights and "
                 "num_labels sets the classes. To start from weights use MultiExitForImageClassification.from_backbone."
             )
+        if huge := [number for number in _numbers(self.backbone_kwargs) if not abs(number) <= MAX_SIZE]:
+            raise ValueError(
+                f"Numbers in backbone_kwargs may be {MAX_SIZE:,} at most, but got {huge[0]!r} in "
+                f"{self.backbone_kwargs}."
+            )
         if self.exits is not None:
             self._check_exits()
-        if self.exit_width is not None and (not _is_whole_number(self.exit_width) or self.exit_width < 1):
-            raise ValueError(f"exit_width must be a positive whole number or None, but got {self.exit_width!r}.")
-        if not _is_whole_number(self.pyramid_width) or self.pyramid_width < 1:
-            raise ValueError(f"pyramid_width must be a positive whole number, but got {self.pyramid_width!r}.")
+        for name, alternative in (("exit_width", " or None"), ("pyramid_width", "")):
+            width = getattr(self, name)
+            if alternative and width is None:
+                continue
+            if not _is_whole_number(width) or not 1 <= width <= MAX_SIZE:
+                raise ValueError(
+                    f"{name} must be a whole number from 1 to {MAX_SIZE:,}{alternative}, but got {width!r}."
+                )
         for name in ("small_input_stem", "early_exit", "ensemble"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, but got {getattr(self, name)!r}.")
         for name in ("exit_policy", "pretrained_cfg"):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise ValueError(f"{name} must be a dictionary or None, but got {getattr(self, name)!r}.")
+        self._check_image_size()
+
+    def _check_what_transformers_acts_on(self, num_labels: int | None = None, **kwargs) -> None:
+        """Check what transformers would act on before the fields of this class can be."""
+        if num_labels is not None and (not _is_whole_number(num_labels) or not 1 <= num_labels <= MAX_CLASSES):
+            raise ValueError(f"num_labels must be a whole number from 1 to {MAX_CLASSES:,}, but got {num_labels!r}.")
+        if kwargs.get("transformers_weights") is not None:
+            raise ValueError(
+                f"transformers_weights must not be given, but got {kwargs['transformers_weights']!r}: weights are "
+                "read from model.safetensors only."
+            )
+        if "/" in str(kwargs.get("attn_implementation")):
+            raise ValueError(
+                f"attn_implementation must not name code to fetch, but got {kwargs['attn_implementation']!r}."
+            )
+
+    def _check_image_size(self) -> None:
+        data = self.pretrained_cfg or {}
+        shape, crop_pct = data.get("input_size") or [], data.get("crop_pct") or 1.0
+        if not isinstance(shape, (list, tuple)) or not all(_is_whole_number(side) for side in shape):
+            raise ValueError(f"pretrained_cfg['input_size'] must be three whole numbers, but got {shape!r}.")
+        if not isinstance(crop_pct, (int, float)) or not all(0 < side <= MAX_IMAGE_SIDE * crop_pct for side in shape):
+            raise ValueError(
+                f"Images are resized to input_size over crop_pct, at most {MAX_IMAGE_SIDE:,} pixels a side, but "
+                f"pretrained_cfg asks for input_size={shape!r} and crop_pct={crop_pct!r}."
+            )
 
     def _check_exits(self) -> None:
         if not isinstance(self.exits, (list, tuple)) or not all(_is_whole_number(stage) for stage in self.exits):

@@ -1,5 +1,6 @@
 """Multi-exit models: a timm backbone, exits at its stages, one answer per exit."""
 
+import os
 import warnings
 from functools import partial
 from typing import Any
@@ -17,10 +18,12 @@ from .backbone import (
     run,
 )
 from .configuration import MultiExitConfig
+from .conversion import save_timm_checkpoint
 from .creation import create_backbone
 from .early_exit import ExitPolicy, resolve_policy
 from .exits import ConvExit, TokenExit
 from .functional import cross_entropy
+from .limits import rehearse
 from .outputs import EarlyExitOutput, MultiExitOutput
 from .pretrained import MultiExitPreTrainedModel
 from .records import describe, label_names
@@ -51,6 +54,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
     """
 
     def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
+        if backbone is None:
+            rehearse(MultiExitForImageClassification, config)
         super().__init__(config, backbone)
         stages = self.anatomy.stages
         self.exits = nn.ModuleList(
@@ -70,7 +75,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         """Give exits to a timm model, with weights or without.
 
         Args:
-            backbone: All that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included.
+            backbone: All that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of weights
+                goes into ``backbone_kwargs={"checkpoint_path": ...}``.
             pretrained: Whether to fetch timm's weights.
             num_labels: Number of classes; ``None`` keeps timm's classifier and, if pretrained, its label names.
             config: Fields of :class:`MultiExitConfig`.
@@ -153,6 +159,22 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
     def classifiers(self) -> list[nn.Module]:
         """What turns features into the deepest exit's logits: one linear module, or several that are averaged."""
         return classifiers(self.backbone)
+
+    def save_timm(self, folder: str | os.PathLike) -> None:
+        """Write the backbone alone as a timm checkpoint, whose logits are those of the deepest exit.
+
+        ``timm.create_model("local-dir:folder", pretrained=True)`` loads it, and ``hf-hub:`` once it was uploaded. The
+        projection that ``exit_width`` puts in front of the classifier is folded into the classifier.
+
+        Args:
+            folder: Where to write ``model.safetensors`` and timm's ``config.json``; not where :meth:`save_pretrained`
+                wrote, whose files have the same names.
+
+        Raises:
+            ValueError: If the model has ``small_input_stem``, which no timm architecture has, or if ``folder`` holds
+                a multi-exit model.
+        """
+        save_timm_checkpoint(self.backbone, self.config, folder)
 
     def copy_tail(self, stage: int | None = None) -> Tail:
         """Copy everything behind a stage, freshly initialised: a branch that reads this model's trunk.

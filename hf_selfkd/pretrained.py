@@ -1,17 +1,28 @@
-"""What all multi-exit models share: building, initialising, saving and freezing."""
+"""What all multi-exit models share: building, initialising, saving, loading and freezing."""
+
+import json
+import os
 
 import torch
+from huggingface_hub import create_repo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils.hub import create_and_tag_model_card
 
 from .backbone import attach_hooks, default_exits, measure
 from .configuration import MultiExitConfig
 from .creation import create_backbone
+from .hub import check_weights, explained_upload
+from .limits import check_new_values, limited
 from .records import data_config
+
+# What of the arguments of save_pretrained is about the upload.
+_UPLOAD_ARGUMENTS = ("commit_message", "create_pr", "private", "repo_id", "revision", "token")
 
 
 class MultiExitPreTrainedModel(PreTrainedModel):
-    """What classification and segmentation share: building, initialising, saving and freezing."""
+    """What classification and segmentation share: building, initialising, saving, loading and freezing."""
 
     config_class = MultiExitConfig
     base_model_prefix = "backbone"
@@ -19,7 +30,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    model_tags = ["multi-exit", "self-distillation", "early-exit", "timm"]
+    model_tags = ["hf_selfkd", "timm", "image-classification", "multi-exit", "self-distillation", "early-exit"]
     task = "image-classification"
 
     # Set by the trainer, or in your own loop: exits read detached maps, so that the backbone learns as without them.
@@ -27,6 +38,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
         super().__init__(config)
+        self.model_tags = list(self.model_tags)  # transformers adds to them in place
         self.backbone = backbone if backbone is not None else self._create_backbone(config.num_labels)
         self.anatomy = measure(lambda: self._create_backbone(self.backbone.num_classes))
         attach_hooks(self.backbone, self.anatomy)
@@ -38,13 +50,14 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         self.exit_stages = self._choose_exits()
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
-        return create_backbone(
-            self.config.backbone,
-            num_classes=num_classes,
-            small_input_stem=self.config.small_input_stem,
-            exit_width=self.config.exit_width,
-            **self.config.backbone_kwargs,
-        )
+        with limited(self.config):
+            return create_backbone(
+                self.config.backbone,
+                num_classes=num_classes,
+                small_input_stem=self.config.small_input_stem,
+                exit_width=self.config.exit_width,
+                **self.config.backbone_kwargs,
+            )
 
     def _choose_exits(self) -> list[int]:
         stages = self.anatomy.stages
@@ -114,8 +127,85 @@ class MultiExitPreTrainedModel(PreTrainedModel):
             self.backbone.eval()
         return self
 
-    def save_pretrained(self, save_directory, *args, state_dict: dict[str, Tensor] | None = None, **kwargs) -> None:
-        """Save what ships, in safetensors: never the scaffold. See ``PreTrainedModel.save_pretrained``."""
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, use_safetensors: bool | None = None, **kwargs
+    ):
+        """Load a checkpoint, from safetensors only. See ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            OSError: If there is no such checkpoint, or its weights are not in safetensors.
+            ValueError: If its configuration asks for far more than it holds.
+        """
+        if use_safetensors is False:
+            raise ValueError("Weights are read from safetensors only. Leave out use_safetensors.")
+        if pretrained_model_name_or_path is not None:
+            check_weights(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs)
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        tables = {name for name, _ in model.named_non_persistent_buffers()}
+        check_new_values(model, loading_info.missing_and_mismatched() | tables)  # before they are made
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save what ships, in safetensors: never the scaffold. See ``PreTrainedModel.save_pretrained``.
+
+        With ``push_to_hub`` the folder is complete before anything is sent. ``repo_id``, ``private``, ``token``,
+        ``revision``, ``create_pr`` and ``commit_message`` say how, as in :meth:`push_to_hub`.
+
+        Raises:
+            OSError: If the upload failed.
+        """
+        target = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
+        before = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         state_dict = self.state_dict() if state_dict is None else state_dict
         shipped = {name: tensor for name, tensor in state_dict.items() if not name.startswith("scaffold.")}
-        super().save_pretrained(save_directory, *args, state_dict=shipped, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, shipped, **kwargs)
+        if is_main_process and os.path.isdir(save_directory):
+            self._save_image_processor(save_directory)
+            if push_to_hub:
+                self._upload(save_directory, before, **target)
+
+    def _save_image_processor(self, folder: str | os.PathLike) -> None:
+        """Write preprocessor_config.json, for tools that do not look into config.json."""
+        names = ("image_processor_type", "pretrained_cfg")
+        with open(os.path.join(folder, IMAGE_PROCESSOR_NAME), "w", encoding="utf-8") as file:
+            json.dump({name: getattr(self.config, name) for name in names}, file, indent=2)
+            file.write("\n")
+
+    def _upload(
+        self,
+        folder: str | os.PathLike,
+        before: dict[str, float],
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        **kwargs,
+    ) -> None:
+        """Upload what changed in a folder since ``before``, and its card: the folder's own, or a short one."""
+        repo_id = os.path.basename(os.path.abspath(folder)) if repo_id is None else repo_id
+        with explained_upload(repo_id, f"{folder} is complete."):
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            card = os.path.join(folder, "README.md")
+            before.pop("README.md", None)
+            if not os.path.isfile(card):
+                create_and_tag_model_card(repo_id, self.model_tags, token=token).save(card)
+            self._upload_modified_files(folder, repo_id, before, token=token, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Upload all that loading needs, this library not included. See ``PreTrainedModel.push_to_hub``.
+
+        Raises:
+            OSError: If the upload failed.
+        """
+        with explained_upload(repo_id, "The model is as it was."):
+            return super().push_to_hub(repo_id, **kwargs)

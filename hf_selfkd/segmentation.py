@@ -13,6 +13,7 @@ from .bifpn import PyramidHead, SegmentationHead, SegmentationPyramid, deepest_r
 from .configuration import MultiExitConfig
 from .creation import create_backbone
 from .functional import cross_entropy, resize_logits
+from .limits import rehearse
 from .outputs import MultiExitOutput
 from .pretrained import MultiExitPreTrainedModel
 from .records import describe
@@ -40,7 +41,14 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
     """
 
     task = "image-segmentation"
-    model_tags = ["multi-exit", "self-distillation", "semantic-segmentation", "timm"]
+    model_tags = [
+        "hf_selfkd",
+        "timm",
+        "image-segmentation",
+        "semantic-segmentation",
+        "multi-exit",
+        "self-distillation",
+    ]
 
     def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
         for name in ("exit_width", "exit_policy", "early_exit"):
@@ -49,6 +57,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                     f"{name} is for image classification, but got {name}={getattr(config, name)!r} for segmentation. "
                     "Leave it at its default; pyramid_width sets the width of the pyramid."
                 )
+        if backbone is None:
+            rehearse(MultiExitForSemanticSegmentation, config)
         super().__init__(config, backbone)
         config.image_processor_type = "SegformerImageProcessor"
         stages = self.anatomy.stages
@@ -77,7 +87,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         """Put pyramid and heads on a timm model, with weights or without.
 
         Args:
-            backbone: All that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included.
+            backbone: All that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of weights
+                goes into ``backbone_kwargs={"checkpoint_path": ...}``.
             num_labels: Number of classes, void not counted.
             pretrained: Whether to fetch timm's weights.
             config: Fields of :class:`MultiExitConfig`.
@@ -190,8 +201,5 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
             resample=PILImageResampling[data.get("interpolation", "bilinear").upper()],
         )
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs) -> None:
-        """Save what ships, ``preprocessor_config.json`` included. See ``PreTrainedModel.save_pretrained``."""
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if is_main_process and os.path.isdir(save_directory):
-            self.create_image_processor().save_pretrained(save_directory)
+    def _save_image_processor(self, folder: str | os.PathLike) -> None:
+        self.create_image_processor().save_pretrained(folder)

@@ -25,13 +25,14 @@ from .checkpoints import (
     save_state,
 )
 from .functional import add, cross_entropy, smooth_labels
+from .hub_trainer import HubTrainer
 from .methods import Method, get_method
 from .metrics import compute_exit_metrics, reduce_to_exit_metrics
 from .outputs import MultiExitOutput
 from .seeding import SeededDataset
 
 
-class SelfDistillationTrainer(CardTrainer):
+class SelfDistillationTrainer(HubTrainer, CardTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
@@ -126,6 +127,7 @@ class SelfDistillationTrainer(CardTrainer):
                 "Leave them out."
             )
         torch.manual_seed(args.seed)  # the scaffold starts equal on all processes
+        model.add_model_tags(self.method.name.split("+"))
         model.detach_exits = self.method.detach_exits
         model.scaffold = self.method.scaffold(model)
 

@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from hub_server import HubServer, connect
 from transformers import TrainingArguments
 
 from hf_selfkd import (
@@ -133,3 +134,11 @@ def train(tmp_path, images):
         return trainer
 
     return train
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Run a stand-in for the Hub that huggingface_hub in this process asks, signed in as ada, with an empty cache."""
+    with HubServer() as server:
+        connect(monkeypatch, server, tmp_path / "hub_cache")
+        yield server

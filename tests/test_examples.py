@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
@@ -23,9 +24,9 @@ import data  # noqa: E402
 FAST = ["--backbone", "test_resnet", "--backbone_kwargs", "{}", "--use_cpu", "true", "--disable_tqdm", "true"]
 
 
-def run(*arguments, launcher=(sys.executable,), check=True):
+def run(*arguments, launcher=(sys.executable,), check=True, env=None):
     command = [*launcher, str(EXAMPLES / "train_cifar.py"), *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
     assert not check or process.returncode == 0, process.stderr[-3000:]
     return process
 
@@ -45,16 +46,19 @@ def noise(mode: str = "RGB") -> PILImage.Image:
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """Train on the embedded data as the README says, but for fewer epochs of a smaller model."""
+    """Train on the embedded data as the README says, but for fewer epochs of a smaller model, and push it."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1")
     options = ["--dataset", "digits", "--preset", "smoke", "--num_train_epochs", "2", "--max_train_samples", "320"]
-    process = run(*options, *FAST, "--output_dir", folder, launcher=launcher)
-    return folder, process.stdout
+    options += ["--push_to_hub", "true", "--hub_private_repo", "true", "--hub_token", "hf_of_ada"]
+    with HubServer() as server:
+        environment = server.environment(tmp_path_factory.mktemp("home"), token=None)
+        process = run(*options, *FAST, "--output_dir", folder, launcher=launcher, env=environment)
+    return folder, process.stdout, server.repositories["ada/digits"]
 
 
 def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
-    folder, printed = digits_run
+    folder, printed, _ = digits_run
     metrics = json.loads((folder / "eval_results.json").read_text())
     header, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
     assert header == [
@@ -78,8 +82,18 @@ def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
     assert {entry["label"] for entry in answer} <= {str(digit) for digit in range(10)}
 
 
+def test_the_run_is_on_the_hub(digits_run):
+    folder, _, repository = digits_run
+    assert repository.private
+    files = repository.files()
+    assert files.keys() >= {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "modeling.py"}
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert repository.messages[-1] == "End of training"
+    assert not [name for name, content in files.items() if b"hf_of_ada" in content]
+
+
 def test_a_loaded_checkpoint_has_the_accuracies_that_training_reported(digits_run):
-    folder, _ = digits_run
+    folder, _, _ = digits_run
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     images, _ = data.load_images(data.DataArguments(dataset="digits"))
     import timm
@@ -96,7 +110,7 @@ def test_a_loaded_checkpoint_has_the_accuracies_that_training_reported(digits_ru
 
 
 def test_a_run_is_never_overwritten_but_resumed(digits_run):
-    folder, _ = digits_run
+    folder, _, _ = digits_run
     options = ["--dataset", "digits", "--preset", "smoke", "--num_train_epochs", "2", "--max_train_samples", "320"]
     refused = run(*options, *FAST, "--output_dir", folder, check=False)
     assert refused.returncode != 0

@@ -232,7 +232,7 @@ def test_fields_of_classification(field, value):
 
 @pytest.mark.parametrize("width", [0, 1.5, True])
 def test_pyramid_width_is_a_whole_number(width):
-    with pytest.raises(ValueError, match="pyramid_width must be a positive whole number, but got"):
+    with pytest.raises(ValueError, match="pyramid_width must be a whole number from 1 to 65,536, but got"):
         MultiExitConfig(backbone="test_resnet", pyramid_width=width)
 
 
