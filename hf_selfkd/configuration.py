@@ -1,7 +1,9 @@
 """All that is needed to rebuild a multi-exit model."""
 
+import warnings
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 # What would make timm read files or fetch weights, or that this library decides itself.
@@ -14,6 +16,17 @@ REFUSED_BACKBONE_KWARGS = {
     "pretrained_cfg",
     "pretrained_cfg_overlay",
     "scriptable",
+}
+
+# What transformers itself writes into a configuration or takes as one, beside fields and properties.
+_TRANSFORMERS_FIELDS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "per_layer_config",
+    "quantization_config",
+    "torch_dtype",
 }
 
 
@@ -43,6 +56,8 @@ class MultiExitConfig(PreTrainedConfig):
         image_processor_type: Class that ``AutoImageProcessor`` builds from this configuration.
         semantic_loss_ignore_index: Label of void pixels in semantic segmentation.
 
+    Unknown fields are kept, as in every transformers configuration, with a warning that names them.
+
     Raises:
         ValueError: If a field has the wrong type or a value out of range, or names something that timm would fetch.
     """
@@ -64,7 +79,21 @@ class MultiExitConfig(PreTrainedConfig):
     semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs):
+        self._check_labels(kwargs.get("num_labels"))
+        unknown = [name for name in kwargs if not hasattr(type(self), name) and name not in _TRANSFORMERS_FIELDS]
+        if unknown:
+            warnings.warn(f"Unknown configuration fields are kept but unused: {', '.join(unknown)}.", stacklevel=3)
         super().__post_init__(**kwargs)
+        self.backbone_kwargs = {} if self.backbone_kwargs is None else self.backbone_kwargs
+        self.check()
+        self.backbone_kwargs = dict(self.backbone_kwargs)
+        self.exits = None if self.exits is None else list(self.exits)
+
+    def check(self) -> None:
+        """Raise ValueError if a field has the wrong type or a value out of range.
+
+        A model does it again when it is built: ``from_pretrained(..., field=value)`` sets fields afterwards.
+        """
         if not isinstance(self.backbone, str) or not self.backbone:
             raise ValueError(f"backbone must be the name of a timm architecture, but got {self.backbone!r}.")
         if ":" in self.backbone or "/" in self.backbone:
@@ -72,9 +101,8 @@ class MultiExitConfig(PreTrainedConfig):
                 f"A configuration may only name a timm architecture, but got backbone={self.backbone!r}. "
                 "To fetch weights, use MultiExitForImageClassification.from_backbone."
             )
-        if not isinstance(self.backbone_kwargs or {}, dict):
-            raise ValueError(f"backbone_kwargs must be a dictionary, but got {self.backbone_kwargs!r}.")
-        self.backbone_kwargs = dict(self.backbone_kwargs or {})
+        if not isinstance(self.backbone_kwargs, dict) or not all(isinstance(key, str) for key in self.backbone_kwargs):
+            raise ValueError(f"backbone_kwargs must be a dictionary of arguments, but got {self.backbone_kwargs!r}.")
         if refused := sorted(REFUSED_BACKBONE_KWARGS & self.backbone_kwargs.keys()):
             raise ValueError(
                 f"backbone_kwargs must not contain {', '.join(refused)}: a configuration holds no weights and "
@@ -82,23 +110,50 @@ class MultiExitConfig(PreTrainedConfig):
             )
         if self.exits is not None:
             self._check_exits()
+        self._check_types()
+
+    def _check_types(self) -> None:
         if self.exit_width is not None and (not _is_whole_number(self.exit_width) or self.exit_width < 1):
             raise ValueError(f"exit_width must be a positive whole number or None, but got {self.exit_width!r}.")
         if not _is_whole_number(self.pyramid_width) or self.pyramid_width < 1:
             raise ValueError(f"pyramid_width must be a positive whole number, but got {self.pyramid_width!r}.")
+        if not _is_whole_number(self.semantic_loss_ignore_index):
+            raise ValueError(
+                f"semantic_loss_ignore_index must be a whole number, but got {self.semantic_loss_ignore_index!r}."
+            )
+        if not isinstance(self.image_processor_type, str):
+            raise ValueError(f"image_processor_type must be a name, but got {self.image_processor_type!r}.")
         for name in ("small_input_stem", "early_exit", "ensemble"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, but got {getattr(self, name)!r}.")
         for name in ("exit_policy", "pretrained_cfg"):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise ValueError(f"{name} must be a dictionary or None, but got {getattr(self, name)!r}.")
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"problem_type must be single_label_classification or None, but got {self.problem_type!r}: exits are "
+                "trained by cross-entropy over classes."
+            )
+
+    def _check_labels(self, num_labels: int | None) -> None:
+        """Check what transformers reads before anything else, and refuses without a name or not at all."""
+        if num_labels is not None and (not _is_whole_number(num_labels) or num_labels < 1):
+            raise ValueError(f"num_labels must be a positive whole number, but got {num_labels!r}.")
+        if not isinstance(self.label2id, (dict, type(None))):
+            raise ValueError(f"label2id must be a dictionary or None, but got {self.label2id!r}.")
+        names = self.id2label
+        is_map = isinstance(names, dict) and len(names) > 0
+        if names is not None and (not is_map or {str(key) for key in names} != set(map(str, range(len(names))))):
+            raise ValueError(f"id2label must be a dictionary that names every class from 0, but got {names!r}.")
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be one of torch's, such as 'float32', but got {self.dtype!r}.")
 
     def _check_exits(self) -> None:
         if not isinstance(self.exits, (list, tuple)) or not all(_is_whole_number(stage) for stage in self.exits):
             raise ValueError(f"exits must be a list of stage indices such as [1, 2, 3], but got {self.exits!r}.")
-        self.exits = list(self.exits)
         if any(deep <= shallow for shallow, deep in zip(self.exits, self.exits[1:], strict=False)):
             raise ValueError(
-                f"exits must name each stage once, shallow to deep, but got {self.exits}. "
+                f"exits must name each stage once, shallow to deep, but got {list(self.exits)}. "
                 f"Did you mean {sorted(set(self.exits))}?"
             )

@@ -1,17 +1,25 @@
-"""What all multi-exit models share: building, initialising, saving and freezing."""
+"""What all multi-exit models share: building, initialising, saving, loading and freezing."""
+
+from collections.abc import Collection
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .backbone import attach_hooks, default_exits, measure
 from .configuration import MultiExitConfig
 from .creation import create_backbone
+from .early_exit import resolve_policy
 from .records import data_config
+
+# What says where the files of a checkpoint are, among the arguments of from_pretrained.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class MultiExitPreTrainedModel(PreTrainedModel):
-    """What classification and segmentation share: building, initialising, saving and freezing."""
+    """What classification and segmentation share: building, initialising, saving, loading and freezing."""
 
     config_class = MultiExitConfig
     base_model_prefix = "backbone"
@@ -27,6 +35,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
         super().__init__(config)
+        config.check()
         self.backbone = backbone if backbone is not None else self._create_backbone(config.num_labels)
         self.anatomy = measure(lambda: self._create_backbone(self.backbone.num_classes))
         attach_hooks(self.backbone, self.anatomy)
@@ -36,6 +45,8 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         if config.pretrained_cfg is None:
             config.pretrained_cfg = data_config(self.backbone, config.small_input_stem)
         self.exit_stages = self._choose_exits()
+        if config.early_exit or config.exit_policy is not None:
+            resolve_policy(None, config.exit_policy, self.num_exits)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         return create_backbone(
@@ -119,3 +130,71 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         state_dict = self.state_dict() if state_dict is None else state_dict
         shipped = {name: tensor for name, tensor in state_dict.items() if not name.startswith("scaffold.")}
         super().save_pretrained(save_directory, *args, state_dict=shipped, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """Load a checkpoint, whole or not at all. See ``PreTrainedModel.from_pretrained``.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a repository of the Hub.
+            args: As there.
+            ignore_mismatched_sizes: Whether weights of another shape start anew, such as those of other classes.
+            output_loading_info: As there.
+            kwargs: As there, fields of the configuration included.
+
+        Raises:
+            ValueError: If the weights cannot be read, or are those of another network than the configuration's.
+        """
+        source = pretrained_model_name_or_path
+        try:
+            model, info = super().from_pretrained(
+                source, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {source} cannot be read: {error}. The file is cut off or damaged; get it again."
+            ) from error
+        missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or extra:
+            raise ValueError(
+                f"The weights in {source} are of another network than its configuration: they lack {shorten(missing)} "
+                f"and hold {shorten(extra)} beside it. Load them with the configuration they were saved with."
+            )
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            name, stored, wanted = min(info["mismatched_keys"])
+            raise ValueError(
+                f"The weights in {source} have other shapes than the model: {name} {tuple(stored)} instead of "
+                f"{tuple(wanted)} ({len(info['mismatched_keys'])} names in all). With ignore_mismatched_sizes=True "
+                "they start anew."
+            )
+        if source is not None and kwargs.get("state_dict") is None:
+            model.check_exits(source, **{name: kwargs[name] for name in _WHERE if name in kwargs})
+        return (model, info) if output_loading_info else model
+
+    def check_exits(self, source, **where: Any) -> None:
+        """Raise ValueError if the exits of a checkpoint sit at other stages, which shapes alone do not tell.
+
+        Args:
+            source: A folder or a repository of the Hub.
+            where: As ``from_pretrained`` takes it.
+        """
+        fields, _ = self.config_class.get_config_dict(source, **where)
+        exits = fields.get("exits")
+        stages = default_exits(self.anatomy.stages) if exits is None else list(exits)
+        if stages != self.exit_stages:
+            raise ValueError(
+                f"The exits of {source} sit at stages {stages}, those of the model at {self.exit_stages}. Weights do "
+                "not fit at other stages, whatever their shapes: load it with the exits it was saved with."
+            )
+
+
+def shorten(names: Collection[str]) -> str:
+    """List the first few of many names, and count them."""
+    return f"{', '.join(list(names)[:3]) or 'nothing'} ({len(names)} names in all)"
