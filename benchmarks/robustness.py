@@ -8,6 +8,7 @@ not run again stay in the file.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -50,12 +52,13 @@ OPTIONS = {
     "resume_from_checkpoint": "last",
 }
 NUM_STEPS = 32
+PROCS = (1, 2)
 SCAFFOLDED = {"method": "frskd"}  # a self-teacher with weights and statistics of its own
 SIGTERMED = 143
 
 
 class Run:
-    """A run of the example in a process group of its own.
+    """A run of the example in processes of its own.
 
     Args:
         folder: Its ``--output_dir``.
@@ -74,15 +77,19 @@ class Run:
             [sys.executable, *launcher, str(EXAMPLE), *arguments],
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
             preexec_fn=before,
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
 
     def kill(self, with_signal: int) -> None:
-        """Send a signal to all its processes."""
+        """Send a signal to all its processes: the launcher's are in sessions of their own."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, with_signal)
+            launcher = psutil.Process(self.process.pid)
+            family = [launcher, *launcher.children(recursive=True)]
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                    process.send_signal(with_signal)
+            psutil.wait_procs(family)
 
     def wait(self) -> int:
         """Return how it ended."""
@@ -154,7 +161,7 @@ def record(fault: str, trials: list[list[str]], survival: str) -> dict:
 def kill(folder: Path, trials: int) -> list[dict]:
     """Kill runs at random moments and while they write a checkpoint, and run the same command again."""
     records = []
-    for processes in (1, 2):
+    for processes in PROCS:
         options = SCAFFOLDED if processes == 1 else {"method": "lsh", "method_args": json.dumps(teacher(folder))}
         options |= {"processes": processes, "per_device_train_batch_size": 16 // processes}
         start = time.time()

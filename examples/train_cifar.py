@@ -184,7 +184,8 @@ def main():
     options, data, args = parse()
     checkpoint = find_checkpoint(args)
     method = get_method(options.method, **parse_json("method_args", options.method_args, dict))
-    images, class_names = load_images(data)
+    with args.main_process_first(desc="data"):  # the others find what it has fetched and read
+        images, class_names = load_images(data, args.dataloader_num_workers)
     set_seed(args.seed)
     model = build_model(options, data, class_names)
     data_config = timm.data.resolve_data_config(model.config.pretrained_cfg)

@@ -27,6 +27,7 @@ _TRANSFORMERS_FIELDS = {
     "per_layer_config",
     "quantization_config",
     "torch_dtype",
+    "use_cache",
 }
 
 
