@@ -8,143 +8,41 @@ not run again stay in the file.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
-import psutil
 import torch
+from robustness_runs import (
+    NUM_STEPS,
+    PROCESSES,
+    SCAFFOLDED,
+    Gauge,
+    Run,
+    count,
+    differences,
+    finish,
+    launcher,
+    leftovers,
+    outcome,
+    teacher,
+)
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
+from hf_selfkd import ExitPolicy, MultiExitForImageClassification, SelfDistillationTrainer
 from hf_selfkd.evaluation import to_table
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_cifar.py"
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-OPTIONS = {
-    "dataset": "digits",
-    "max_train_samples": 128,
-    "max_eval_samples": 32,
-    "backbone": "test_resnet",
-    "num_train_epochs": 4,
-    "lr_milestones": 3,
-    "per_device_train_batch_size": 16,
-    "learning_rate": 0.02,
-    "ema_decay": 0.9,
-    "auto_augment": "randaugment",
-    "random_erasing": 0.5,
-    "save_strategy": "steps",
-    "save_steps": 3,
-    "save_total_limit": 2,
-    "logging_strategy": "steps",
-    "logging_steps": 2,
-    "use_cpu": "true",
-    "disable_tqdm": "true",
-    "resume_from_checkpoint": "last",
-}
-NUM_STEPS = 32
-PROCS = (1, 2)
-SCAFFOLDED = {"method": "frskd"}  # a self-teacher with weights and statistics of its own
-SIGTERMED = 143
-
-
-class Run:
-    """A run of the example in processes of its own.
-
-    Args:
-        folder: Its ``--output_dir``.
-        processes: 1 or 2.
-        before: Called in the process before it starts.
-        options: In the place of or beside ``OPTIONS``.
-    """
-
-    def __init__(self, folder: Path, processes: int = 1, before: Callable | None = None, **options):
-        launcher = [] if processes == 1 else [*TWO_PROCESSES, str(random.SystemRandom().randint(20000, 60000))]
-        arguments = [f"--{name}={value}" for name, value in (OPTIONS | options | {"output_dir": folder}).items()]
-        self.folder = folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.log = open(f"{folder}.log", "a+")
-        self.process = subprocess.Popen(
-            [sys.executable, *launcher, str(EXAMPLE), *arguments],
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=before,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-
-    def kill(self, with_signal: int) -> None:
-        """Send a signal to all its processes: the launcher's are in sessions of their own."""
-        if self.process.poll() is None:
-            launcher = psutil.Process(self.process.pid)
-            family = [launcher, *launcher.children(recursive=True)]
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
-                    process.send_signal(with_signal)
-            psutil.wait_procs(family)
-
-    def wait(self) -> int:
-        """Return how it ended."""
-        return self.process.wait()
-
-    @property
-    def printed(self) -> str:
-        """What it and the runs before it in this folder printed."""
-        self.log.flush()
-        return Path(self.log.name).read_text()
-
-    def wait_for(self, path: str) -> None:
-        """Wait until a file matches the pattern, or the run is over."""
-        while self.process.poll() is None and not any(self.folder.glob(path)):
-            time.sleep(0.0005)
-
-
-def finish(folder: Path, **options) -> Run:
-    """Run to the end."""
-    run = Run(folder, **options)
-    if run.wait() != 0:
-        raise RuntimeError(f"The run did not end as it should: {run.printed[-3000:]}")
-    return run
-
-
-def outcome(folder: Path) -> dict:
-    """What a run left: tensors of every kind, and the log without times."""
-    checkpoint = folder / f"checkpoint-{NUM_STEPS}"
-    tensors = {"shipped": load_file(folder / "model.safetensors")}
-    for name in ("model", "ema", "scaffold"):
-        tensors[name] = load_file(checkpoint / f"{name}.safetensors")
-    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    tensors["optimizer"] = {f"{index}/{key}": value for index, state in optimizer.items() for key, value in state.items()}
-    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    timed = ("runtime", "per_second")
-    log = [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in log]
-    return {"tensors": tensors, "log": log}
-
-
-def differences(folder: Path, reference: dict) -> list[str]:
-    """Name what is not bit-identical to the reference."""
-    found = outcome(folder)
-    differing = []
-    for kind, tensors in reference["tensors"].items():
-        other = found["tensors"][kind]
-        if tensors.keys() != other.keys() or any(
-            not torch.equal(torch.as_tensor(tensor), torch.as_tensor(other[name])) for name, tensor in tensors.items()
-        ):
-            differing.append(kind)
-    return differing + ([] if found["log"] == reference["log"] else ["logged losses"])
-
-
-def leftovers(folder: Path) -> list[str]:
-    """Name what a run left in its folder that is neither a whole checkpoint nor a result."""
-    return [] if not (folder / "_incomplete").exists() else ["_incomplete"]
+NUM_LEAK_STEPS = 2000
 
 
 def record(fault: str, trials: list[list[str]], survival: str) -> dict:
@@ -155,13 +53,18 @@ def record(fault: str, trials: list[list[str]], survival: str) -> dict:
     return {"fault": fault, "tried": len(trials), "survived": survived, "survival": survival, "lost": lost}
 
 
+def missing(**kept) -> list[str]:
+    """Name what is not true."""
+    return [name for name, is_kept in kept.items() if not is_kept]
+
+
 # kill -9
 
 
 def kill(folder: Path, trials: int) -> list[dict]:
     """Kill runs at random moments and while they write a checkpoint, and run the same command again."""
     records = []
-    for processes in PROCS:
+    for processes in PROCESSES:
         options = SCAFFOLDED if processes == 1 else {"method": "lsh", "method_args": json.dumps(teacher(folder))}
         options |= {"processes": processes, "per_device_train_batch_size": 16 // processes}
         start = time.time()
@@ -176,7 +79,8 @@ def kill(folder: Path, trials: int) -> list[dict]:
                 workers = {"dataloader_num_workers": trial % 3}
                 run = Run(place, **options, **workers)
                 if moment == "at a random moment":
-                    time.sleep(generator.uniform(0.3, 1.0) * duration)
+                    run.wait_for("checkpoint-3")
+                    time.sleep(generator.uniform(0, 0.4) * duration)
                 else:
                     step = 3 * generator.randint(1, NUM_STEPS // 3)
                     run.wait_for(f"_incomplete/checkpoint-{step}/*")
@@ -186,21 +90,217 @@ def kill(folder: Path, trials: int) -> list[dict]:
                 finish(place, **options, **workers)
                 results.append(differences(place, reference) + leftovers(place))
         for moment, results in moments.items():
-            fault = f"`kill -9` {moment}, {processes} process{'es' if processes > 1 else ''}"
-            survival = "the same command ends with bit-identical weights, scaffold, average, optimizer and logged losses"
-            records.append(record(fault, results, survival))
+            survival = "the same command ends with the bits of a run that was never stopped"
+            records.append(record(f"`kill -9` {moment}, {count(processes)}", results, survival))
     return records
 
 
-def teacher(folder: Path) -> dict:
-    """Train the teacher that LSH mimics, once."""
-    path = folder / "teacher"
-    if not path.exists():
-        finish(path, method="none", num_train_epochs=1)
-    return {"teacher": str(path)}
+# SIGTERM
 
 
-PARTS = {"kill": kill}
+def sigterm(folder: Path, trials: int) -> list[dict]:
+    """Tell all processes of a run to end, as schedulers do, and run the same command again."""
+    records = []
+    for processes in PROCESSES:
+        options = {**SCAFFOLDED, "processes": processes, "per_device_train_batch_size": 16 // processes}
+        whole = folder / f"whole-{processes}"
+        finish(whole, **options)
+        results = []
+        for trial in range(trials):
+            place = folder / f"terminated-{processes}-{trial}"
+            run = Run(place, **options, dataloader_num_workers=trial % 2)
+            run.wait_for(f"checkpoint-{3 * (trial + 1)}")
+            run.kill(signal.SIGTERM)
+            stopped = run.wait() != 0
+            saved = re.findall(r"Ending after step (\d+) because of SIGTERM", run.printed)
+            lost = missing(status=stopped, checkpoint=saved and (place / f"checkpoint-{saved[-1]}").is_dir())
+            finish(place, **options, dataloader_num_workers=trial % 2)
+            results.append(lost + differences(place, outcome(whole)) + leftovers(place))
+        survival = "a checkpoint of the step it was in, then as above"
+        records.append(record(f"SIGTERM to all processes, {count(processes)}", results, survival))
+    return records
+
+
+# A full disk
+
+
+def disk(folder: Path, trials: int) -> list[dict]:
+    """Go on from a checkpoint where no file may grow beyond a limit, then without it."""
+    records = []
+    for processes in PROCESSES:
+        options = {**SCAFFOLDED, "processes": processes, "per_device_train_batch_size": 16 // processes}
+        whole = folder / f"whole-{processes}"
+        finish(whole, **options)
+        results = []
+        for name in ("model.safetensors", "optimizer.pt"):
+            place = folder / f"full-{processes}-{name}"
+            run = Run(place, **options)
+            run.wait_for("checkpoint-6")
+            run.kill(signal.SIGKILL)
+            before = contents(place)
+            limit = (whole / f"checkpoint-{NUM_STEPS}" / name).stat().st_size - 1
+            run = Run(place, **options, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)))
+            stopped = run.wait() != 0
+            words = re.search("checkpoint-.* could not be written to .*: .*File too large", run.printed)
+            lost = missing(status=stopped, error=words, checkpoint=before == contents(place))
+            finish(place, **options)
+            results.append(lost + differences(place, outcome(whole)) + leftovers(place))
+        survival = "an error that says so, earlier checkpoints byte for byte, then as above"
+        records.append(record(f"disk full (`RLIMIT_FSIZE`) while saving, {count(processes)}", results, survival))
+    return records
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Return the files of all checkpoints."""
+    return {path: path.read_bytes() for path in folder.glob("checkpoint-*/*")}
+
+
+# Numbers
+
+POISONED = """
+import sys, torch
+from transformers import TrainingArguments
+from hf_selfkd import MultiExitForImageClassification, SelfDistillationTrainer
+
+torch.manual_seed(0)
+images = [{"pixel_values": torch.randn(3, 32, 32), "labels": index % 5} for index in range(32)]
+images[7]["pixel_values"][0, 0, 0] = float("nan")
+args = TrainingArguments(sys.argv[1], per_device_train_batch_size=4, num_train_epochs=2, save_strategy="steps",
+                         save_steps=1, use_cpu=True, disable_tqdm=True, learning_rate=0.01, max_grad_norm=0)
+model = MultiExitForImageClassification.from_backbone("test_resnet", num_labels=5)
+trainer = SelfDistillationTrainer(model, args, train_dataset=images, max_skipped_batches=int(sys.argv[2]))
+trainer.train()
+finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+print("finite:", finite, "skipped:", trainer.safeguard.skipped)
+"""
+
+
+def numbers(folder: Path, trials: int) -> list[dict]:
+    """Let the loss of one process become NaN: stop all of them, or leave the batch out where that is allowed."""
+    records = []
+    for processes in PROCESSES:
+        for allowed, fault in ((0, "stopped"), (2, "left out with `max_skipped_batches`")):
+            place = folder / f"nan-{processes}-{allowed}"
+            script = folder / "poisoned.py"
+            script.write_text(POISONED)
+            command = [sys.executable, *launcher(processes), str(script), str(place), str(allowed)]
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if allowed:
+                lost = missing(weights=ended.stdout.count("finite: True skipped: 2") == processes)
+            else:
+                words = r"FloatingPointError: .*loss/label is nan.* for the samples .*\b7\b"
+                lost = missing(status=ended.returncode != 0, error=len(re.findall(words, ended.stderr)) >= processes)
+            for path in place.glob("checkpoint-*/model.safetensors"):
+                if not all(tensor.isfinite().all() for tensor in load_file(path).values()):
+                    lost.append(path.parent.name)
+            survival = "training ends with finite weights" if allowed else "an error with term, step, rate and samples"
+            records.append(record(f"NaN on one process, {fault}, {count(processes)}", [lost], survival))
+    return records
+
+
+# What is refused or handled
+
+REFUSALS = (
+    "test_bad_images",
+    "test_seeding",
+    "test_pretrained",
+    "test_configuration",
+    "test_resuming",
+    "test_safeguard",
+)
+
+
+def refusals(folder: Path, trials: int) -> list[dict]:
+    """Run the tests of bad data, checkpoints, configurations and numbers, and count their cases."""
+    tests = [str(Path(__file__).parents[1] / "tests" / f"{name}.py") for name in (*REFUSALS, "test_properties")]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", f"--junitxml={folder / 'tests.xml'}", *tests], stdout=subprocess.DEVNULL
+    )
+    cases: dict[str, list[list[str]]] = {}
+    for case in ElementTree.parse(folder / "tests.xml").iter("testcase"):
+        name = case.get("name").partition("[")
+        failed = [child.tag for child in case if child.tag in ("failure", "error")]
+        cases.setdefault(name[0].removeprefix("test_").replace("_", " "), []).append(
+            [name[2] or "it"] if failed else []
+        )
+    return [record(fault, results, "the test of this name passes") for fault, results in cases.items()]
+
+
+# Leaks
+
+
+def leaks(folder: Path, trials: int) -> list[dict]:
+    """Measure the memory of this process over thousands of steps, evaluations of images and early exits."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    images = [{"pixel_values": torch.randn(3, 32, 32), "labels": index % 5} for index in range(64)]
+    model = MultiExitForImageClassification.from_backbone("test_resnet", num_labels=5, exits=[1, 2])
+    args = TrainingArguments(
+        str(folder),
+        max_steps=NUM_LEAK_STEPS,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=500,
+        learning_rate=0.001,
+    )
+    gauge = Gauge()
+    options = {"train_dataset": images, "eval_dataset": images, "callbacks": [gauge], "ema_decay": 0.9}
+    trainer = SelfDistillationTrainer(model, args, "frskd", max_skipped_batches=1, **options)
+    trainer.train()
+    records = [gauge.record("training steps (FRSKD, batch of 2, weight average)")]
+    gauge.readings = []
+    for _ in range(NUM_LEAK_STEPS // 32):
+        trainer.evaluate()
+        gauge.read(32)
+    records.append(gauge.record("evaluation steps (batch of 2)"))
+    gauge.readings = []
+    model.eval()
+    policy = ExitPolicy(thresholds=[0.25, 0.25])
+    batch = torch.stack([image["pixel_values"] for image in images[:8]])
+    for step in range(NUM_LEAK_STEPS):
+        model.early_exit(batch[: 1 + step % 8], policy)
+        gauge.read(1)
+    records.append(gauge.record("calls of early_exit (1 to 8 images)"))
+    return records
+
+
+def report(results: dict[str, list[dict]]) -> str:
+    """Return the tables."""
+    faults = [
+        {
+            "fault": entry["fault"],
+            "tried": entry["tried"],
+            "survived": entry["survived"],
+            "survived means": entry["survival"],
+            "lost": ", ".join(entry["lost"]) or "nothing",
+        }
+        for part in ("kill", "sigterm", "disk", "numbers")
+        for entry in results.get(part, [])
+    ]
+    cases = [
+        {"refused or handled": entry["fault"], "cases": entry["tried"], "as documented": entry["survived"]}
+        for entry in results.get("refusals", [])
+    ]
+    sections = {
+        "Faults done to the example": faults,
+        "Bad data, checkpoints, configurations and numbers, by the tests of these names": cases,
+        "Memory over long runs": results.get("leaks", []),
+    }
+    tables = [f"## {title}\n\n{to_table(rows)}\n" for title, rows in sections.items() if rows]
+    return "\n".join(["# Robustness\n", "Written by `benchmarks/robustness.py`, on the CPU.\n", *tables])
+
+
+PARTS = {
+    "kill": kill,
+    "sigterm": sigterm,
+    "disk": disk,
+    "numbers": numbers,
+    "refusals": refusals,
+    "leaks": leaks,
+}
 
 
 def main():

@@ -20,6 +20,7 @@ REFUSED_BACKBONE_KWARGS = {
 
 # What transformers itself writes into a configuration or takes as one, beside fields and properties.
 _TRANSFORMERS_FIELDS = {
+    "_name_or_path",
     "attn_implementation",
     "auto_map",
     "custom_pipelines",
