@@ -52,9 +52,11 @@ class ResumableTrainer(Trainer):
         return os.path.join(folder, INCOMPLETE_NAME) if self._saving else folder
 
     def _save_checkpoint(self, model, trial) -> None:
+        folder, name = self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
+        # What is saved has statistics that agree; training goes on with each process's own, saved or not.
+        self._own_statistics = {key: buffer.clone() for key, buffer in self._statistics()}
         self._synchronise_batch_norm()
         self._check_finite()
-        folder, name = self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -67,8 +69,18 @@ class ResumableTrainer(Trainer):
             raise RuntimeError(_not_written(folder, name, error)) from error
         finally:
             self._saving = False
+            for key, buffer in self._statistics():
+                buffer.copy_(self._own_statistics[key])
         if self.args.push_to_hub:
             self._push_from_checkpoint(os.path.join(folder, name))
+
+    def _statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """Go through the statistics of batch norm, in which processes differ."""
+        modules = {"model": self.model} | ({"average": self.average.ema.module} if self.average is not None else {})
+        for kind, module in modules.items():
+            for name, buffer in module.named_buffers():
+                if "running_" in name and self.args.world_size > 1:
+                    yield f"{kind}/{name}", buffer
 
     def _name_checkpoint(self, folder: str, name: str) -> None:
         """Give the checkpoint its name, and delete those that are too many."""
@@ -94,19 +106,19 @@ class ResumableTrainer(Trainer):
                 save_state(self.average.state_dict(), output_dir, AVERAGE_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save what each process has of its own: its random states, and its sums since the last log entry."""
+        """Save what each process has of its own: random states, statistics, and sums since the last log entry."""
         super()._save_rng_state(output_dir)
-        sums = {
+        own = {
             "steps": torch.tensor(self._term_steps, dtype=torch.float64),
             "last_logged": torch.tensor(self._globalstep_last_logged),
             "loss": self._tr_loss,
             "mean_loss": self.accelerator.gather(self._tr_loss).mean(),
         }
-        sums |= {f"term/{name}": torch.as_tensor(term) for name, term in self._terms.items()}
-        save_state(sums, output_dir, self._sums_name())
+        own |= {f"term/{name}": torch.as_tensor(term) for name, term in self._terms.items()}
+        save_state(own | self._own_statistics, output_dir, self._own_name())
 
-    def _sums_name(self) -> str:
-        return f"sums_{self.args.process_index}.safetensors"
+    def _own_name(self) -> str:
+        return f"process_{self.args.process_index}.safetensors"
 
     def _synchronise_batch_norm(self) -> None:
         if self.args.world_size > 1 and self.is_in_train:
@@ -166,16 +178,20 @@ class ResumableTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load what each process has of its own. Called once, before the first step of a resumed run."""
         super()._load_rng_state(checkpoint)
-        path = os.path.join(checkpoint, self._sums_name())
+        path = os.path.join(checkpoint, self._own_name())
         if not os.path.isfile(path):
             return  # written by another trainer, or with fewer processes
-        sums = load_state(checkpoint, self._sums_name(), "sums")
-        self._term_steps = sums.pop("steps").item()
-        self._globalstep_last_logged = int(sums.pop("last_logged"))
-        self._total_loss_scalar -= sums.pop("mean_loss").item()  # train_loss is the mean over the steps of this call
-        self._tr_loss.copy_(sums.pop("loss"))
-        for name, term in sums.items():
-            self._terms[name.removeprefix("term/")] = term.to(self.args.device)
+        own = load_state(checkpoint, self._own_name(), "state of its own")
+        self._term_steps = own["steps"].item()
+        self._globalstep_last_logged = int(own["last_logged"])
+        self._total_loss_scalar -= own["mean_loss"].item()  # train_loss is the mean over the steps of this call
+        self._tr_loss.copy_(own["loss"])
+        for name, tensor in own.items():
+            if name.startswith("term/"):
+                self._terms[name.removeprefix("term/")] = tensor.to(self.args.device)
+        for name, buffer in self._statistics():
+            if name in own:
+                buffer.copy_(own[name])
 
 
 def _not_written(folder: str, name: str, error: Exception) -> str:

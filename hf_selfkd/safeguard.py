@@ -26,8 +26,9 @@ class Safeguard(TrainerCallback):
     of them are read from the device at once, which is the only time that a step waits for it; several processes reduce
     two numbers per step.
 
-    After SIGTERM the run saves a checkpoint at the end of the step, and of the evaluation if it is in one, and ends. The
-    last step of an epoch is saved after what the epoch's end logs and evaluates, so that a resumed run loses nothing.
+    After SIGTERM the run saves a checkpoint at the end of the step, and of the evaluation if it is in one, and ends.
+    The last step of an epoch is saved after what the epoch's end logs and evaluates, so that a resumed run loses
+    nothing.
 
     Args:
         trainer: Whose steps to watch.
