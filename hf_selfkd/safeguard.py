@@ -49,6 +49,7 @@ class Safeguard(TrainerCallback):
         self.terminated = False  # this process got SIGTERM
         self.ends = False  # all processes know
         self._saves_late = False
+        self.skipped = 0
         self.grad_norm: Tensor | None = None
         self._batches: list[tuple[dict[str, Tensor], Tensor | None]] = []
         self._kept: dict[str, Any] = {}
@@ -61,7 +62,7 @@ class Safeguard(TrainerCallback):
         self.terminated = self.ends = False
         previous = signal.getsignal(signal.SIGTERM)
         is_main = threading.current_thread() is threading.main_thread()  # Python lets no other listen
-        if not self.saves_on_sigterm or not is_main or previous is signal.SIG_IGN:
+        if not self.saves_on_sigterm or not is_main or previous in (signal.SIG_IGN, None):  # None: not Python's
             yield
             return
         signal.signal(signal.SIGTERM, self._terminate)
