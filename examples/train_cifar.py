@@ -25,9 +25,9 @@ from data import (
     training_transform,
 )
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_selfkd import MultiExitForImageClassification, SelfDistillationTrainer, exit_costs, get_method
+from hf_selfkd.checkpoints import find_last_checkpoint
 from hf_selfkd.evaluation import exit_parameters, to_table
 
 PRESETS = {
@@ -125,7 +125,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     if resume in ("last", "true", "True"):
-        found = get_last_checkpoint(folder) if folder.is_dir() else None
+        found = find_last_checkpoint(args.output_dir) if folder.is_dir() else None
         if found is None and (folder / "model.safetensors").exists():
             raise ValueError(
                 f"{folder} holds a trained model but no checkpoint to go on from. Give another --output_dir."

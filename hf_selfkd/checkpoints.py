@@ -141,3 +141,15 @@ def check_complete(folder: str) -> None:
             raise ValueError(
                 f"The checkpoint {folder} is damaged: {name} {state}. Copy it again, or resume from an earlier one."
             )
+
+
+def find_last_checkpoint(run_folder: str) -> str | None:
+    """Return the newest checkpoint that is whole, ``None`` if there is none; what is passed over is logged."""
+    for checkpoint in reversed(sort_checkpoints(run_folder)):
+        try:
+            check_complete(checkpoint)
+        except ValueError as error:
+            logger.warning(f"Passed over: {error}")
+        else:
+            return checkpoint
+    return None

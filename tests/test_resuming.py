@@ -11,7 +11,7 @@ from test_trainer import Augmented, same_weights
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_selfkd.checkpoints import check_complete
+from hf_selfkd.checkpoints import check_complete, find_last_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
 
@@ -160,11 +160,13 @@ def test_a_checkpoint_of_the_same_step_is_replaced(build, train, tmp_path):
         (lambda path: path.unlink(), "optimizer.pt is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_named(build, train, tmp_path, damage, words):
-    train(build(), **SAVING)
+def test_a_damaged_checkpoint_is_named_and_passed_over(build, train, tmp_path, caplog, damage, words):
+    train(build(), **(SAVING | {"save_total_limit": 2}))
     damage(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")
     with pytest.raises(ValueError, match=rf"checkpoint-4 is damaged: {words}. Copy it again, or resume from an earli"):
         train(build(), resume=str(tmp_path / "run" / "checkpoint-4"))
+    assert find_last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+    assert "Passed over: The checkpoint" in caplog.text
 
 
 def test_the_best_checkpoint_is_kept_under_its_own_name(build, train, tmp_path):
