@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from timm.utils import distribute_bn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from .averaging import WeightAverage
@@ -127,6 +128,8 @@ class ResumableTrainer(Trainer):
     def _check_finite(self) -> None:
         """Raise FloatingPointError rather than replace a checkpoint by weights that are lost."""
         for name, tensor in self.model.state_dict().items():
+            if isinstance(tensor, DTensor):
+                tensor = tensor.to_local()  # each process looks at its own shard
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise FloatingPointError(
                     f"No checkpoint was written at step {self.state.global_step}: {name} holds values that are not "

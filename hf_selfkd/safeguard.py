@@ -136,8 +136,10 @@ class Safeguard(TrainerCallback):
             self._stop_or_skip(state, model)
 
     def _stop_or_skip(self, state, model) -> None:
+        # A term of one process spoils the gradient of all, so that comes last.
+        reports = gather_object(self._describe_terms()) or gather_object(self._describe_gradient())
         report = (
-            f"{'; '.join(gather_object(self._describe()))}; at step {state.global_step + 1} with a learning rate of "
+            f"{'; '.join(reports)}; at step {state.global_step + 1} with a learning rate of "
             f"{self.trainer._get_learning_rate():g}"
         )
         if self.skipped >= self.max_skipped_batches:
@@ -161,22 +163,23 @@ class Safeguard(TrainerCallback):
         logger.warning(f"Left out: {report}. {self.skipped} of {self.max_skipped_batches} batches.")
         trainer.log({"skipped_batches": self.skipped})
 
-    def _describe(self) -> list[str]:
-        """Say which numbers of this process are not finite, and of which samples."""
+    def _describe_terms(self) -> list[str]:
+        """Say which terms of this process are not finite, and of which samples."""
         reports = []
         for terms, indices in self._batches:
-            bad = {name: term.item() for name, term in terms.items() if not term.isfinite()}
+            bad = [f"{name} is {term.item()}" for name, term in terms.items() if not term.isfinite()]
             if bad:
-                reports.append(_list(bad) + _samples(indices))
-        if not reports and not torch.as_tensor(self.grad_norm).isfinite():
-            samples = [indices for _, indices in self._batches if indices is not None]
-            reports.append(f"grad_norm is {float(self.grad_norm)}" + _samples(torch.cat(samples) if samples else None))
-        process = f"process {self.trainer.args.process_index}: " if self.trainer.args.world_size > 1 else ""
-        return [process + report for report in reports]
+                reports.append(f"{self._process()}{', '.join(bad)}{_samples(indices)}")
+        return reports
 
+    def _describe_gradient(self) -> list[str]:
+        samples = [indices for _, indices in self._batches if indices is not None]
+        norm = f"grad_norm is {float(self.grad_norm)}"
+        return [f"{self._process()}{norm}{_samples(torch.cat(samples) if samples else None)}"]
 
-def _list(numbers: dict[str, float]) -> str:
-    return ", ".join(f"{name} is {value}" for name, value in numbers.items())
+    def _process(self) -> str:
+        args = self.trainer.args
+        return f"process {args.process_index}: " if args.world_size > 1 else ""
 
 
 def _samples(indices: Tensor | None) -> str:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
@@ -191,7 +192,8 @@ class SelfDistillationTrainer(ResumableTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:  # else a gradient that overflows is a search for the scale
-            self.safeguard.grad_norm = grad_norm
+            is_sharded = isinstance(grad_norm, DTensor)
+            self.safeguard.grad_norm = grad_norm.full_tensor() if is_sharded else grad_norm
         return grad_norm
 
     # The recipe
