@@ -1,7 +1,9 @@
 """Image data sets for the examples: found by name or folder, read, augmented."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ class DataArguments:
     label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
+    skip_bad_images: int = field(
+        default=0,
+        metadata={"help": "Leave out up to so many training images that cannot be read; all are read once before."},
+    )
     image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
     crop_padding: int = field(default=4, metadata={"help": "Padding of the random crop in pixels."})
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the images."})
@@ -39,14 +45,19 @@ class DataArguments:
     )
 
 
-def load_images(arguments: DataArguments) -> tuple[DatasetDict, list[str]]:
+def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[DatasetDict, list[str]]:
     """Load training and evaluation images.
+
+    Args:
+        arguments: Which.
+        num_workers: Processes that look for bad images.
 
     Returns:
         The splits ``train`` and ``test`` with the columns ``image`` (encoded) and ``label``, and the class names.
 
     Raises:
-        ValueError: If the data cannot be found or reached, or its columns are not clear.
+        ValueError: If the data cannot be found or reached, its columns are not clear, or more images than may be left
+            out cannot be read.
     """
     splits = _digits() if arguments.dataset == "digits" else _load(arguments.dataset)
     if "train" not in splits:
@@ -68,6 +79,8 @@ def load_images(arguments: DataArguments) -> tuple[DatasetDict, list[str]]:
         split = split.select(range(min(limits[name] or len(split), len(split))))
         split = split.select_columns([image, label]).rename_columns({image: "image", label: "label"})
         chosen[name] = split.cast_column("image", Image(decode=False))
+    if arguments.skip_bad_images:
+        chosen["train"] = leave_out_bad_images(chosen["train"], read_row, arguments.skip_bad_images, num_workers)
     return chosen, _class_names(chosen, label)
 
 
@@ -154,24 +167,74 @@ class LabelledImages(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return {"pixel_values": self.transform(read_image(row["image"])), "labels": row["label"]}
+        image, label = read_row(self.rows[index])
+        return {"pixel_values": self.transform(image), "labels": label}
 
 
-def read_image(encoded: dict[str, Any]) -> PILImage.Image:
-    """Decode an image as RGB, whatever its mode.
+def read_row(row: dict[str, Any]) -> tuple[PILImage.Image, int]:
+    """Return the image as RGB and its label."""
+    return read_image(row["image"]), row["label"]
+
+
+def read_image(encoded: dict[str, Any] | None) -> PILImage.Image:
+    """Decode an image as RGB, whatever its mode; of an animation the first frame.
 
     Raises:
-        ValueError: If it is no image; names the file where there is one.
+        ValueError: If it is no image, is cut off, or has more than 179 million pixels, which Pillow takes for an
+            attack; names the file where there is one.
     """
+    if encoded is None:
+        raise ValueError("the row holds no image.")
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
-        image = PILImage.open(source)
-        if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
-            image = PILImage.fromarray((np.asarray(image).clip(0, 65535) // 257).astype("uint8"))
-        return image.convert("RGB")
-    except OSError as error:
+        return as_rgb(PILImage.open(source))
+    except Exception as error:  # Pillow's decoders raise all kinds
         raise ValueError(f"{encoded['path'] or 'an embedded image'} is no readable image ({error}).") from error
+
+
+def as_rgb(image: PILImage.Image) -> PILImage.Image:
+    """Convert an image of any mode; 16 bits are scaled to 8, where Pillow would clip them."""
+    if image.mode.startswith("I"):
+        image = PILImage.fromarray((np.asarray(image).clip(0, 65535) // 257).astype("uint8"))
+    return image.convert("RGB")
+
+
+def leave_out_bad_images(rows: Dataset, read: Callable[[Any], Any], limit: int, num_workers: int = 0) -> Dataset:
+    """Leave out the rows of a training split that cannot be read, and list them.
+
+    Every image is read once, before training, so that the count holds for all workers, processes and epochs together,
+    and the order of the others does not depend on when a bad one is met. ``datasets`` remembers the result.
+
+    Args:
+        rows: The split.
+        read: Reads a row, or raises.
+        limit: How many may be left out.
+        num_workers: Processes to read with.
+
+    Raises:
+        ValueError: If more rows than ``limit`` cannot be read.
+    """
+    faults = rows.map(
+        partial(_find_fault, read=read),
+        num_proc=num_workers or None,
+        remove_columns=rows.column_names,
+        desc="Looking for bad images",
+    )["fault"]
+    bad = {index: fault for index, fault in enumerate(faults) if fault}
+    listed = "".join(f"\n  row {index}: {fault}" for index, fault in bad.items())
+    if len(bad) > limit:
+        raise ValueError(f"{len(bad)} training images cannot be read, but --skip_bad_images is {limit}:{listed}")
+    if bad and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+        print(f"--skip_bad_images: left out {len(bad)} of {len(rows)} training images:{listed}", flush=True)
+    return rows.select([index for index, fault in enumerate(faults) if not fault])
+
+
+def _find_fault(row: Any, read: Callable[[Any], Any]) -> dict[str, str]:
+    try:
+        read(row)
+    except Exception as error:  # whatever it is, the image cannot be trained on
+        return {"fault": str(error) or type(error).__name__}
+    return {"fault": ""}
 
 
 def training_transform(arguments: DataArguments, data_config: dict[str, Any]) -> v2.Compose:

@@ -26,9 +26,9 @@ from data import (
     training_transform,
 )
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_selfkd import MultiExitForImageClassification, SelfDistillationTrainer, exit_costs, get_method
+from hf_selfkd.checkpoints import find_last_checkpoint
 from hf_selfkd.evaluation import to_table
 from hf_selfkd.model_card import exit_rows
 
@@ -127,7 +127,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     if resume in ("last", "true", "True"):
-        found = get_last_checkpoint(folder) if folder.is_dir() else None
+        found = find_last_checkpoint(args.output_dir) if folder.is_dir() else None
         if found is None and (folder / "model.safetensors").exists():
             raise ValueError(
                 f"{folder} holds a trained model but no checkpoint to go on from. Give another --output_dir."
@@ -171,7 +171,8 @@ def main():
     options, data, args = parse()
     checkpoint = find_checkpoint(args)
     method = get_method(options.method, **parse_json("method_args", options.method_args, dict))
-    images, class_names = load_images(data)
+    with args.main_process_first(desc="data"):  # the others find what it has fetched and read
+        images, class_names = load_images(data, args.dataloader_num_workers)
     set_seed(args.seed)
     model = build_model(options, data, class_names)
     data_config = timm.data.resolve_data_config(model.config.pretrained_cfg)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from data import as_rgb, leave_out_bad_images
 from datasets import Image, load_dataset
 from PIL import Image as PILImage
 from torchvision import tv_tensors
@@ -44,6 +45,10 @@ class Options:
     evaluation_split: str | None = field(default=None, metadata={"help": "Default: validation, else test."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
+    skip_bad_images: int = field(
+        default=0,
+        metadata={"help": "Leave out up to so many training rows that cannot be read; all are read once before."},
+    )
     image_size: list[int] = field(default_factory=lambda: [512, 512], metadata={"help": "Height and width in pixels."})
     crop_size: list[int] | None = field(default=None, metadata={"help": "Of training crops. Default: image_size."})
     scale_range: list[float] = field(
@@ -93,12 +98,17 @@ class LabelledMaps(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        image, label = row["image"].convert("RGB"), label_map(row["label"])
+        image, label = read_row(row)
         if (image.height, image.width) != label.shape:
             height, width = label.shape
             raise ValueError(f"the image has {image.height}x{image.width} pixels, but its label map {height}x{width}.")
         image, label = self.transform(tv_tensors.Image(v2.functional.pil_to_tensor(image)), tv_tensors.Mask(label))
         return {"pixel_values": image.as_subclass(torch.Tensor), "labels": label.as_subclass(torch.Tensor)}
+
+
+def read_row(row: dict[str, Any]) -> tuple[PILImage.Image, torch.Tensor]:
+    """Return the image as RGB and its label map."""
+    return as_rgb(row["image"]), label_map(row["label"])
 
 
 def label_map(image: PILImage.Image) -> torch.Tensor:
@@ -109,7 +119,7 @@ def label_map(image: PILImage.Image) -> torch.Tensor:
     return torch.from_numpy(indices.astype(np.int64))
 
 
-def load_maps(options: Options):
+def load_maps(options: Options, num_workers: int = 0):
     """Load the splits for training and evaluation, and the names of the classes."""
     splits = load_dataset(options.dataset)
     wanted = [options.evaluation_split] if options.evaluation_split else EVALUATION_SPLITS
@@ -128,6 +138,8 @@ def load_maps(options: Options):
         split = split.select(range(min(limit or len(split), len(split))))
         split = split.select_columns([options.image_column, options.label_column])
         chosen.append(split.rename_columns({options.image_column: "image", options.label_column: "label"}))
+    if options.skip_bad_images:
+        chosen[0] = leave_out_bad_images(chosen[0], read_row, options.skip_bad_images, num_workers)
     names = parse_json("class_names", options.class_names, list)
     if names is None:
         classes = {index for row in chosen[0] for index in label_map(row["label"]).unique().tolist()}
@@ -171,7 +183,8 @@ def save_pictures(model, rows, folder: Path, ignore_index: int) -> None:
     classes = model.config.num_labels
     colours = palette(classes)
     for index, row in enumerate(rows):
-        image, label = row["image"].convert("RGB"), label_map(row["label"]).numpy()
+        image, label = read_row(row)
+        label = label.numpy()
         inputs = processor(image, return_tensors="pt").to(model.device)
         answer = processor.post_process_semantic_segmentation(model(**inputs), [label.shape])[0].cpu().numpy()
         void = label == ignore_index
@@ -208,7 +221,8 @@ def main():
     options, args = HfArgumentParser((Options, SegmentationRecipe)).parse_args_into_dataclasses()
     checkpoint = find_checkpoint(args)
     method = get_method(options.method, **parse_json("method_args", options.method_args, dict))
-    train_rows, eval_rows, class_names = load_maps(options)
+    with args.main_process_first(desc="data"):  # the others find what it has fetched and read
+        train_rows, eval_rows, class_names = load_maps(options, args.dataloader_num_workers)
     set_seed(args.seed)
     model = build_model(options, class_names)
     train_transform, eval_transform = transforms(options, timm.data.resolve_data_config(model.config.pretrained_cfg))

@@ -1,8 +1,10 @@
 """All that is needed to rebuild a multi-exit model."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 # What would make timm read files, fetch weights or take memory on a device, or that this library decides itself.
@@ -28,6 +30,18 @@ REFUSED_BACKBONE_KWARGS = {
 MAX_CLASSES = 200_000
 MAX_SIZE = 65_536
 MAX_IMAGE_SIDE = 8_192
+# What transformers itself writes into a configuration or takes as one, beside fields and properties.
+_TRANSFORMERS_FIELDS = {
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "per_layer_config",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+}
 
 
 def _is_whole_number(value: Any) -> bool:
@@ -69,6 +83,8 @@ class MultiExitConfig(PreTrainedConfig):
     more than 200,000 classes, widths and numbers in ``backbone_kwargs`` above 65,536, images of more than 8,192
     pixels a side and whole models of more than 10 billion values are refused before they take memory.
 
+    Unknown fields are kept, as in every transformers configuration, with a warning that names them.
+
     Raises:
         ValueError: If a field has the wrong type or a value out of range, or names something that would be fetched.
     """
@@ -91,7 +107,21 @@ class MultiExitConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._check_what_transformers_acts_on(**kwargs)
+        self._check_labels()
+        unknown = [name for name in kwargs if not hasattr(type(self), name) and name not in _TRANSFORMERS_FIELDS]
+        if unknown:
+            warnings.warn(f"Unknown configuration fields are kept but unused: {', '.join(unknown)}.", stacklevel=3)
         super().__post_init__(**kwargs)
+        self.backbone_kwargs = {} if self.backbone_kwargs is None else self.backbone_kwargs
+        self.check()
+        self.backbone_kwargs = dict(self.backbone_kwargs)
+        self.exits = None if self.exits is None else list(self.exits)
+
+    def check(self) -> None:
+        """Raise ValueError if a field has the wrong type or a value out of range.
+
+        A model does it again when it is built: ``from_pretrained(..., field=value)`` sets fields afterwards.
+        """
         if not isinstance(self.backbone, str) or not self.backbone:
             raise ValueError(f"backbone must be the name of a timm architecture, but got {self.backbone!r}.")
         if ":" in self.backbone or "/" in self.backbone:
@@ -99,9 +129,8 @@ class MultiExitConfig(PreTrainedConfig):
                 f"A configuration may only name a timm architecture, but got backbone={self.backbone!r}. "
                 "To fetch weights, use MultiExitForImageClassification.from_backbone."
             )
-        if not isinstance(self.backbone_kwargs or {}, dict):
-            raise ValueError(f"backbone_kwargs must be a dictionary, but got {self.backbone_kwargs!r}.")
-        self.backbone_kwargs = dict(self.backbone_kwargs or {})
+        if not isinstance(self.backbone_kwargs, dict) or not all(isinstance(key, str) for key in self.backbone_kwargs):
+            raise ValueError(f"backbone_kwargs must be a dictionary of arguments, but got {self.backbone_kwargs!r}.")
         if refused := sorted(REFUSED_BACKBONE_KWARGS & self.backbone_kwargs.keys()):
             raise ValueError(
                 f"backbone_kwargs must not contain {', '.join(refused)}: a configuration holds no weights and "
@@ -114,6 +143,9 @@ class MultiExitConfig(PreTrainedConfig):
             )
         if self.exits is not None:
             self._check_exits()
+        self._check_types()
+
+    def _check_types(self) -> None:
         for name, alternative in (("exit_width", " or None"), ("pyramid_width", "")):
             width = getattr(self, name)
             if alternative and width is None:
@@ -122,12 +154,23 @@ class MultiExitConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} must be a whole number from 1 to {MAX_SIZE:,}{alternative}, but got {width!r}."
                 )
+        if not _is_whole_number(self.semantic_loss_ignore_index):
+            raise ValueError(
+                f"semantic_loss_ignore_index must be a whole number, but got {self.semantic_loss_ignore_index!r}."
+            )
+        if not isinstance(self.image_processor_type, str):
+            raise ValueError(f"image_processor_type must be a name, but got {self.image_processor_type!r}.")
         for name in ("small_input_stem", "early_exit", "ensemble"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, but got {getattr(self, name)!r}.")
         for name in ("exit_policy", "pretrained_cfg"):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise ValueError(f"{name} must be a dictionary or None, but got {getattr(self, name)!r}.")
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"problem_type must be single_label_classification or None, but got {self.problem_type!r}: exits are "
+                "trained by cross-entropy over classes."
+            )
         self._check_image_size()
 
     def _check_what_transformers_acts_on(self, num_labels: int | None = None, **kwargs) -> None:
@@ -155,12 +198,23 @@ class MultiExitConfig(PreTrainedConfig):
                 f"pretrained_cfg asks for input_size={shape!r} and crop_pct={crop_pct!r}."
             )
 
+    def _check_labels(self) -> None:
+        """Check what transformers reads before anything else, and refuses without a name or not at all."""
+        if not isinstance(self.label2id, (dict, type(None))):
+            raise ValueError(f"label2id must be a dictionary or None, but got {self.label2id!r}.")
+        names = self.id2label
+        is_map = isinstance(names, dict) and len(names) > 0
+        if names is not None and (not is_map or {str(key) for key in names} != set(map(str, range(len(names))))):
+            raise ValueError(f"id2label must be a dictionary that names every class from 0, but got {names!r}.")
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be one of torch's, such as 'float32', but got {self.dtype!r}.")
+
     def _check_exits(self) -> None:
         if not isinstance(self.exits, (list, tuple)) or not all(_is_whole_number(stage) for stage in self.exits):
             raise ValueError(f"exits must be a list of stage indices such as [1, 2, 3], but got {self.exits!r}.")
-        self.exits = list(self.exits)
         if any(deep <= shallow for shallow, deep in zip(self.exits, self.exits[1:], strict=False)):
             raise ValueError(
-                f"exits must name each stage once, shallow to deep, but got {self.exits}. "
+                f"exits must name each stage once, shallow to deep, but got {list(self.exits)}. "
                 f"Did you mean {sorted(set(self.exits))}?"
             )

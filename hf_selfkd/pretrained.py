@@ -2,9 +2,12 @@
 
 import json
 import os
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from huggingface_hub import create_repo
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
@@ -13,12 +16,15 @@ from transformers.utils.hub import create_and_tag_model_card
 from .backbone import attach_hooks, default_exits, measure
 from .configuration import MultiExitConfig
 from .creation import create_backbone
+from .early_exit import resolve_policy
 from .hub import check_weights, explained_upload
 from .limits import check_new_values, limited
 from .records import data_config
 
 # What of the arguments of save_pretrained is about the upload.
 _UPLOAD_ARGUMENTS = ("commit_message", "create_pr", "private", "repo_id", "revision", "token")
+# What says where the files of a checkpoint are, among the arguments of from_pretrained.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class MultiExitPreTrainedModel(PreTrainedModel):
@@ -38,6 +44,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
         super().__init__(config)
+        config.check()
         self.model_tags = list(self.model_tags)  # transformers adds to them in place
         self.backbone = backbone if backbone is not None else self._create_backbone(config.num_labels)
         self.anatomy = measure(lambda: self._create_backbone(self.backbone.num_classes))
@@ -48,6 +55,8 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         if config.pretrained_cfg is None:
             config.pretrained_cfg = data_config(self.backbone, config.small_input_stem)
         self.exit_stages = self._choose_exits()
+        if config.early_exit or config.exit_policy is not None:
+            resolve_policy(None, config.exit_policy, self.num_exits)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         with limited(self.config):
@@ -129,19 +138,63 @@ class MultiExitPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *model_args, use_safetensors: bool | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        use_safetensors: bool | None = None,
+        **kwargs,
     ):
-        """Load a checkpoint, from safetensors only. See ``PreTrainedModel.from_pretrained``.
+        """Load a checkpoint, from safetensors only, whole or not at all. See ``PreTrainedModel.from_pretrained``.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a repository of the Hub.
+            args: As there.
+            ignore_mismatched_sizes: Whether weights of another shape start anew, such as those of other classes.
+            output_loading_info: As there.
+            use_safetensors: ``False`` is refused.
+            kwargs: As there, fields of the configuration included.
 
         Raises:
             OSError: If there is no such checkpoint, or its weights are not in safetensors.
-            ValueError: If its configuration asks for far more than it holds.
+            ValueError: If the weights cannot be read, or are those of another network than the configuration's; or if
+                the configuration asks for far more than the checkpoint holds.
         """
         if use_safetensors is False:
             raise ValueError("Weights are read from safetensors only. Leave out use_safetensors.")
-        if pretrained_model_name_or_path is not None:
-            check_weights(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, use_safetensors=True, **kwargs)
+        source = pretrained_model_name_or_path
+        if source is not None:
+            check_weights(source, kwargs)
+        try:
+            model, info = super().from_pretrained(
+                source,
+                *args,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {source} cannot be read: {error}. The file is cut off or damaged; get it again."
+            ) from error
+        missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or extra:
+            raise ValueError(
+                f"The weights in {source} are of another network than its configuration: they lack {shorten(missing)} "
+                f"and hold {shorten(extra)} beside it. Load them with the configuration they were saved with."
+            )
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            name, stored, wanted = min(info["mismatched_keys"])
+            raise ValueError(
+                f"The weights in {source} have other shapes than the model: {name} {tuple(stored)} instead of "
+                f"{tuple(wanted)} ({len(info['mismatched_keys'])} names in all). With ignore_mismatched_sizes=True "
+                "they start anew."
+            )
+        if source is not None and kwargs.get("state_dict") is None:
+            model.check_exits(source, **{name: kwargs[name] for name in _WHERE if name in kwargs})
+        return (model, info) if output_loading_info else model
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
@@ -209,3 +262,24 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         """
         with explained_upload(repo_id, "The model is as it was."):
             return super().push_to_hub(repo_id, **kwargs)
+
+    def check_exits(self, source, **where: Any) -> None:
+        """Raise ValueError if the exits of a checkpoint sit at other stages, which shapes alone do not tell.
+
+        Args:
+            source: A folder or a repository of the Hub.
+            where: As ``from_pretrained`` takes it.
+        """
+        fields, _ = self.config_class.get_config_dict(source, **where)
+        exits = fields.get("exits")
+        stages = default_exits(self.anatomy.stages) if exits is None else list(exits)
+        if stages != self.exit_stages:
+            raise ValueError(
+                f"The exits of {source} sit at stages {stages}, those of the model at {self.exit_stages}. Weights do "
+                "not fit at other stages, whatever their shapes: load it with the exits it was saved with."
+            )
+
+
+def shorten(names: Collection[str]) -> str:
+    """List the first few of many names, and count them."""
+    return f"{', '.join(list(names)[:3]) or 'nothing'} ({len(names)} names in all)"

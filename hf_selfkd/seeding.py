@@ -1,14 +1,45 @@
 """Training samples that depend on seed, epoch and index only."""
 
 import random
-from collections.abc import Iterator, Sequence
+import reprlib
+import signal
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
+
+# Where a batch says which samples it holds.
+INDICES = "sample_indices"
+
+
+class Samples(list):
+    """Samples of a batch, and their indices."""
+
+    def __init__(self, samples: list[dict[str, Any]], indices: list[int]):
+        super().__init__(samples)
+        self.indices = indices
+
+
+class IndexedCollator:
+    """Collates samples, and notes their indices in the batch as ``sample_indices``, ``(batch,)``.
+
+    Args:
+        collate: Makes a batch of a list of samples.
+    """
+
+    def __init__(self, collate: Callable[[list], Any]):
+        self.collate = collate
+
+    def __call__(self, samples: list) -> Any:
+        """Return the batch."""
+        batch = self.collate(samples)
+        if isinstance(samples, Samples) and isinstance(batch, MutableMapping):
+            batch[INDICES] = torch.tensor(samples.indices)
+        return batch
 
 
 class SeededDataset(Dataset):
@@ -36,6 +67,7 @@ class SeededDataset(Dataset):
         self.void = (-100, ignore_index)
         self.name = name
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that stay alive must see it change
+        self._outlives_sigterm = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -43,10 +75,13 @@ class SeededDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: list[int]) -> Samples:
         """Return a batch of samples; putting the random states back once is cheaper than after each."""
+        if get_worker_info() is not None and not self._outlives_sigterm:
+            self._outlives_sigterm = True
+            signal.signal(signal.SIGTERM, _outlive)
         with _kept_random_states():
-            return [self._draw(index) for index in indices]
+            return Samples([self._draw(index) for index in indices], indices)
 
     def _draw(self, index: int) -> dict[str, Any]:
         seed = int(np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1, np.uint32)[0])
@@ -55,19 +90,32 @@ class SeededDataset(Dataset):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
         try:
             sample = self.dataset[index]
-        except (OSError, ValueError) as error:
+        except Exception as error:  # decoders raise all kinds
             raise ValueError(f"Sample {index} of the {self.name} data cannot be read: {error}") from error
-        label = sample.get("labels", sample.get("label"))  # the stock collator takes either
+        self._check_label(index, sample)
+        return sample
+
+    def _check_label(self, index: int, sample: dict[str, Any]) -> None:
+        name = next((name for name in ("labels", "label") if name in sample), None)  # the stock collator takes either
+        if name is None:
+            return  # the trainer says which columns a batch needs
+        label = sample[name]
+        which = f"Sample {index} of the {self.name} data"
         if isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0:
             label = label.item()
-        if isinstance(label, (int, np.integer)) and label != -100 and not 0 <= label < self.num_labels:
-            raise ValueError(
-                f"Sample {index} of the {self.name} data has label {label}, but the model has {self.num_labels} "
-                f"classes (0 to {self.num_labels - 1}). Build the model with num_labels of the data."
-            )
-        if getattr(label, "ndim", 0) == 2:
+        if isinstance(label, (int, np.integer)):
+            if label != -100 and not 0 <= label < self.num_labels:
+                raise ValueError(
+                    f"{which} has label {label}, but the model has {self.num_labels} classes (0 to "
+                    f"{self.num_labels - 1}). Build the model with num_labels of the data."
+                )
+        elif getattr(label, "ndim", 0) == 2:
             self._check_map(index, torch.as_tensor(label), sample["pixel_values"].shape[-2:])
-        return sample
+        elif not _are_probabilities(label, self.num_labels):
+            raise ValueError(
+                f"{which} has the label {reprlib.repr(label)}, but a label is a class index, a map of them, or "
+                f"{self.num_labels} probabilities. Give -100 where there is none."
+            )
 
     def _check_map(self, index: int, label: Tensor, image_size: Sequence[int]) -> None:
         if label.shape != image_size:
@@ -93,3 +141,14 @@ def _kept_random_states() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+
+
+def _are_probabilities(label: Any, num_labels: int) -> bool:
+    if not isinstance(label, (list, tuple, Tensor, np.ndarray)) or len(label) != num_labels:
+        return False
+    return all(isinstance(value, float) for value in (label if isinstance(label, (list, tuple)) else label.tolist()))
+
+
+def _outlive(signum, frame) -> None:
+    """Let the first SIGTERM pass: sent to all processes, it would cost the main one the batch it still needs."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,38 +1,31 @@
 """A transformers Trainer that adds up the terms of a self-distillation method."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timm.utils import distribute_bn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PredictionOutput, has_length
+from transformers.trainer_utils import PredictionOutput, SaveStrategy, TrainOutput, has_length
 
 from .averaging import WeightAverage
 from .card_trainer import CardTrainer
-from .checkpoints import (
-    AVERAGE_NAME,
-    SCAFFOLD_NAME,
-    check_method,
-    load_scaffold,
-    load_state,
-    save_method,
-    save_state,
-)
+from .checkpoints import remove_incomplete
 from .functional import add, cross_entropy, smooth_labels
 from .hub_trainer import HubTrainer
 from .methods import Method, get_method
 from .metrics import compute_exit_metrics, reduce_to_exit_metrics
 from .outputs import MultiExitOutput
-from .seeding import SeededDataset
+from .resuming import ResumableTrainer
+from .safeguard import Safeguard
+from .seeding import INDICES, IndexedCollator, SeededDataset
 
 
-class SelfDistillationTrainer(HubTrainer, CardTrainer):
+class SelfDistillationTrainer(ResumableTrainer, HubTrainer, CardTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
@@ -44,6 +37,9 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
 
     Every training sample is drawn under random states that depend on seed, epoch and index only, so that neither a
     resumed run nor the number of workers changes the augmentation.
+
+    SIGTERM saves a checkpoint at the end of the step and ends the process with status 143, unless ``save_strategy`` is
+    ``"no"``. A loss, a term or a gradient that is not finite stops all processes before the weights change.
 
     Args:
         model: A multi-exit model; ``None`` if ``model_init`` builds it.
@@ -60,11 +56,13 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
             ``v2.MixUp``; labels become probabilities.
         card: What the run cannot know for its model card, such as ``{"dataset": "cifar10"}``: arguments of
             :func:`~hf_selfkd.card_facts.collect_facts`. ``save_model`` and ``push_to_hub`` write the card.
+        max_skipped_batches: Number of batches that may be left out in the whole run because of numbers that are not
+            finite. Each counts as a step of the schedule and is logged as ``skipped_batches``.
         compute_metrics: As in ``Trainer``, and then it sees the logits of all exits; ``None`` for the metrics above.
         kwargs: What ``Trainer`` takes.
 
     Raises:
-        ValueError: If the model cannot be trained with the method.
+        ValueError: If the model cannot be trained with the method, or a setting contradicts another.
     """
 
     # The terms are means per micro-batch, so the Trainer must divide by the accumulation steps.
@@ -82,6 +80,7 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
         ema_decay: float | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         card: dict[str, Any] | None = None,
+        max_skipped_batches: int = 0,
         compute_metrics=None,
         **kwargs,
     ):
@@ -92,11 +91,16 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
         self.lr_gamma = lr_gamma
         self.decay_norms = decay_norms
         self.mix = mix
-        self._terms: dict[str, Tensor] = defaultdict(lambda: 0.0)
-        self._term_steps = 0.0
         args = TrainingArguments() if args is None else args
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter gets a gradient in every step
+        args.logging_nan_inf_filter = False  # would read the loss twice a batch; the safeguard reads it once a step
+        if args.fp16 and max_skipped_batches:
+            raise ValueError("fp16 leaves out such batches by itself. Leave max_skipped_batches at 0, or use bf16.")
+        self.safeguard = Safeguard(
+            self, max_skipped_batches, args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint
+        )
+        args.enable_jit_checkpoint = False  # saves within a step, from where no run goes on exactly
         if model is not None:
             self._attach_method(model, args)
         if compute_metrics is None:
@@ -109,6 +113,7 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
         super().__init__(model=model, args=args, compute_metrics=compute_metrics, card=card, **kwargs)
         self.average = None if ema_decay is None else WeightAverage(ema_decay)
         self.add_callback(_Preparation(self))
+        self.add_callback(self.safeguard)
         if self.average is not None:
             self.add_callback(self.average)
 
@@ -137,6 +142,11 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
         self._attach_method(model, self.args)
         return model
 
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """Train as ``Trainer`` does, and listen to SIGTERM meanwhile."""
+        with self.safeguard.listening():
+            return super().train(*args, **kwargs)
+
     # The loss
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
@@ -157,8 +167,10 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
             labels = smooth_labels(labels, self.model.config.num_labels, self.args.label_smoothing_factor)
         output = model(images)
         terms = self.loss_terms(output, labels)
-        self._track({f"loss/{name}": term for name, term in terms.items()} | self.method.metrics(output))
+        named = {f"loss/{name}": term for name, term in terms.items()}
+        self._track(named | self.method.metrics(output))
         loss = add(terms.values())
+        self.safeguard.observe(named | {"loss": loss}, self._indices)
         return (loss, output) if return_outputs else loss
 
     def loss_terms(self, output: MultiExitOutput, labels: Tensor) -> dict[str, Tensor]:
@@ -183,6 +195,13 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
             self._terms.clear()
             self._term_steps = 0.0
         super().log(logs, start_time)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # else a gradient that overflows is a search for the scale
+            is_sharded = isinstance(grad_norm, DTensor)
+            self.safeguard.grad_norm = grad_norm.full_tensor() if is_sharded else grad_norm
+        return grad_norm
 
     # The recipe
 
@@ -222,6 +241,7 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
     def _prepare_inputs(self, inputs):
         """Move a batch to the device; void pixels of label maps become -100."""
         inputs = super()._prepare_inputs(inputs)
+        self._indices = inputs.pop(INDICES, None)
         labels = inputs.get("labels")
         if labels is not None and labels.dim() == 3:
             void = labels == self.model.config.semantic_loss_ignore_index
@@ -237,6 +257,9 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
             if kwargs.get("is_training"):
                 self._seeded_dataset = dataset
         return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return IndexedCollator(super()._get_collator_with_removed_columns(data_collator, description))
 
     # Evaluation
 
@@ -254,50 +277,6 @@ class SelfDistillationTrainer(HubTrainer, CardTrainer):
         finally:
             self.preprocess_logits_for_metrics = reduce
 
-    def _synchronise_batch_norm(self) -> None:
-        if self.args.world_size > 1 and self.is_in_train:
-            distribute_bn(self.model, self.args.world_size, reduce=True)
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model, trial) -> None:
-        self._synchronise_batch_norm()
-        super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; into a checkpoint also what only trains, the averaged weights and the method's name."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.args.should_save:  # called by _save_checkpoint
-            save_method(output_dir, self.method.name)
-            if self.model.scaffold is not None:
-                save_state(self.model.scaffold.state_dict(), output_dir, SCAFFOLD_NAME)
-            if self.average is not None:
-                save_state(self.average.state_dict(), output_dir, AVERAGE_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_method(resume_from_checkpoint, self.method.name)
-        with self._without_scaffold():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.model.scaffold is not None:
-            load_scaffold(self.model.scaffold, resume_from_checkpoint)
-        if self.average is not None:
-            self.average.start = load_state(resume_from_checkpoint, AVERAGE_NAME, "ema_decay")
-
-    def _load_best_model(self) -> None:
-        with self._without_scaffold():
-            super()._load_best_model()
-        if self.average is not None:
-            self.average.final = load_state(self.state.best_model_checkpoint, AVERAGE_NAME, "ema_decay")
-
-    @contextmanager
-    def _without_scaffold(self) -> Iterator[None]:
-        """Take the scaffold off while the weights are loaded: it is not in their file."""
-        scaffold, self.model.scaffold = self.model.scaffold, None
-        try:
-            yield
-        finally:
-            self.model.scaffold = scaffold
-
 
 class _Batches:
     """Batches of a data loader, on the trainer's device; each loop over them starts anew."""
@@ -311,12 +290,14 @@ class _Batches:
 
 
 class _Preparation(TrainerCallback):
-    """Tells the data which epoch it is, and prepares the scaffold of a fresh run."""
+    """Clears up behind a run that was cut off, prepares the scaffold of a fresh run, tells the data its epoch."""
 
     def __init__(self, trainer: SelfDistillationTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if args.should_save:
+            remove_incomplete(args.output_dir)
         if state.global_step == 0:
             model = self.trainer.model
             model.eval()

@@ -8,8 +8,8 @@ import pytest
 import hf_selfkd
 
 PACKAGE = Path(hf_selfkd.__file__).parent
-# All that a loader of trust_remote_code can be asked for: the last comes with transformers.
-SHIPPED = {"torch", "timm", "transformers", "huggingface_hub"}
+# All that a loader of trust_remote_code can be asked for: the last two come with transformers.
+SHIPPED = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:

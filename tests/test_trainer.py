@@ -187,6 +187,7 @@ def test_resuming_with_another_method_is_refused(build, scaffolded, tmp_path, tr
     with pytest.raises(ValueError, match="no ema.safetensors: the run that wrote it had no ema_decay"):
         train(build(), scaffolded, resume=checkpoint, trainer_kwargs={"ema_decay": 0.9})
     Path(checkpoint, "scaffold.safetensors").unlink()
+    Path(checkpoint, "files.json").unlink()
     with pytest.raises(ValueError, match="no scaffold.safetensors: the run that wrote it had no scaffold"):
         train(build(), scaffolded, resume=checkpoint)
 
