@@ -9,11 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+)
 from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
 
-HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+from hf_selfkd.streaming import SeededStream
+
+HUB_DATASETS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "imagenet-1k": "ILSVRC/imagenet-1k",
+}
 EVALUATION_SPLITS = ("test", "validation", "valid", "val")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -24,8 +39,16 @@ class DataArguments:
 
     dataset: str = field(
         default="cifar100",
-        metadata={"help": "cifar100, cifar10, digits (needs no network), or a folder of parquet files or images."},
+        metadata={
+            "help": "cifar100, cifar10, imagenet-1k, digits (needs no network), or a folder of parquet or image files."
+        },
     )
+    evaluation_split: str | None = field(default=None, metadata={"help": "Default: test, else validation."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training, without storing it."})
+    num_train_images: int | None = field(
+        default=None, metadata={"help": "Images of a stream, where it does not say: with it epochs are known."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Images that a worker mixes at a time in streaming."})
     image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
     label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
@@ -35,7 +58,13 @@ class DataArguments:
         metadata={"help": "Leave out up to so many training images that cannot be read; all are read once before."},
     )
     image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
+    mean: list[float] = field(default_factory=lambda: list(CIFAR_MEAN), metadata={"help": "Of red, green and blue."})
+    std: list[float] = field(default_factory=lambda: list(CIFAR_STD), metadata={"help": "Of red, green and blue."})
+    crop_pct: float = field(default=1.0, metadata={"help": "Share of each side that evaluation crops."})
     crop_padding: int = field(default=4, metadata={"help": "Padding of the random crop in pixels."})
+    crop_scale: float | None = field(
+        default=None, metadata={"help": "Least share of the area in a random resized crop, in place of that one."}
+    )
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the images."})
     auto_augment: str | None = field(default=None, metadata={"help": "autoaugment (CIFAR-10 policy) or randaugment."})
     random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
@@ -45,8 +74,8 @@ class DataArguments:
     )
 
 
-def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[DatasetDict, list[str]]:
-    """Load training and evaluation images.
+def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[DatasetDict | IterableDatasetDict, list[str]]:
+    """Load training and evaluation images, or open streams of them.
 
     Args:
         arguments: Which.
@@ -59,14 +88,19 @@ def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[Dataset
         ValueError: If the data cannot be found or reached, its columns are not clear, or more images than may be left
             out cannot be read.
     """
-    splits = _digits() if arguments.dataset == "digits" else _load(arguments.dataset)
+    if arguments.streaming:
+        for name in ("max_train_samples", "max_eval_samples", "skip_bad_images"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} is not for streams, which are not read before training. Leave it out.")
+    splits = _digits() if arguments.dataset == "digits" else _load(arguments.dataset, arguments.streaming)
     if "train" not in splits:
         raise ValueError(f"{arguments.dataset} has the splits {', '.join(splits)}, but none called train.")
-    evaluation = next((name for name in EVALUATION_SPLITS if name in splits), None)
+    wanted = [arguments.evaluation_split] if arguments.evaluation_split else EVALUATION_SPLITS
+    evaluation = next((name for name in wanted if name in splits), None)
     if evaluation is None:
         raise ValueError(
             f"{arguments.dataset} has the splits {', '.join(splits)}, but none to evaluate on: "
-            f"one of {', '.join(EVALUATION_SPLITS)} is needed."
+            f"one of {', '.join(wanted)} is needed."
         )
     features = splits["train"].features
     image = _find_column(features, arguments.image_column, Image, "image")
@@ -74,10 +108,13 @@ def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[Dataset
     if image == label:
         raise ValueError(f"--image_column and --label_column both name {image!r}.")
     limits = {"train": arguments.max_train_samples, "test": arguments.max_eval_samples}
-    chosen = DatasetDict(train=splits["train"], test=splits[evaluation])
+    chosen = type(splits)(train=splits["train"], test=splits[evaluation])
     for name, split in chosen.items():
-        split = split.select(range(min(limits[name] or len(split), len(split))))
-        split = split.select_columns([image, label]).rename_columns({image: "image", label: "label"})
+        if limits[name]:
+            split = split.select(range(min(limits[name], len(split))))
+        names = {image: "image", label: "label"}
+        split = split.select_columns([image, label])
+        split = split.rename_columns({old: new for old, new in names.items() if old != new})
         chosen[name] = split.cast_column("image", Image(decode=False))
     if arguments.skip_bad_images:
         chosen["train"] = leave_out_bad_images(chosen["train"], read_row, arguments.skip_bad_images, num_workers)
@@ -86,7 +123,8 @@ def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[Dataset
 
 def card_facts(arguments: DataArguments) -> dict[str, Any]:
     """Return what the model card tells of the data: what it is called, and how it was varied in training."""
-    augmentation = ("crop_padding", "horizontal_flip", "auto_augment", "random_erasing", "mixup", "cutmix")
+    crop = "crop_padding" if arguments.crop_scale is None else "crop_scale"
+    augmentation = (crop, "horizontal_flip", "auto_augment", "random_erasing", "mixup", "cutmix")
     recipe = {name: getattr(arguments, name) for name in augmentation if getattr(arguments, name)}
     if arguments.dataset in HUB_DATASETS:
         return {"dataset": arguments.dataset, "dataset_tags": HUB_DATASETS[arguments.dataset], "recipe": recipe}
@@ -94,12 +132,12 @@ def card_facts(arguments: DataArguments) -> dict[str, Any]:
     return {"dataset": name, "recipe": recipe}
 
 
-def _load(name: str) -> DatasetDict:
+def _load(name: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
     if name not in HUB_DATASETS and not Path(name).is_dir():
         known = ", ".join([*HUB_DATASETS, "digits"])
         raise ValueError(f"--dataset takes {known} or an existing folder, but got {name!r}.")
     try:
-        return load_dataset(HUB_DATASETS.get(name, name))
+        return load_dataset(HUB_DATASETS.get(name, name), streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
         if name not in HUB_DATASETS:
             raise ValueError(f"The folder {name!r} holds neither parquet files nor images.") from error
@@ -145,6 +183,8 @@ def _class_names(splits: DatasetDict, column: str) -> list[str]:
     feature = splits["train"].features["label"]
     if isinstance(feature, ClassLabel):
         return feature.names
+    if isinstance(splits, IterableDatasetDict):
+        raise ValueError(f"Streams need class labels with their names, but column {column!r} holds {feature}.")
     labels = splits["train"].unique("label")
     if not all(isinstance(label, int) and label >= 0 for label in labels):
         raise ValueError(f"Column {column!r} must hold whole numbers from 0 or class labels, but holds {labels[:3]}.")
@@ -167,8 +207,27 @@ class LabelledImages(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image, label = read_row(self.rows[index])
-        return {"pixel_values": self.transform(image), "labels": label}
+        return _read(self.rows[index], self.transform)
+
+
+def labelled_images(rows: Dataset | IterableDataset, transform, *, num_rows: int | None = None, buffer_size: int = 1):
+    """Return what :class:`LabelledImages` gives, as a stream if the rows are one."""
+    if not isinstance(rows, IterableDataset):
+        return LabelledImages(rows, transform)
+    splits = rows.info.splits or {}
+    known = splits[rows.split].num_examples if rows.split in splits else None
+
+    read = partial(_read, transform=transform)
+    return SeededStream(rows, read, _encoded, num_rows=num_rows or known, buffer_size=buffer_size)
+
+
+def _read(row: dict[str, Any], transform) -> dict[str, Any]:
+    image, label = read_row(row)
+    return {"pixel_values": transform(image), "labels": label}
+
+
+def _encoded(row: dict[str, Any]) -> bytes:
+    return row["image"]["bytes"] or row["image"]["path"].encode()
 
 
 def read_row(row: dict[str, Any]) -> tuple[PILImage.Image, int]:
@@ -246,11 +305,14 @@ def training_transform(arguments: DataArguments, data_config: dict[str, Any]) ->
     }
     if arguments.auto_augment not in policies:
         raise ValueError(f"--auto_augment takes autoaugment or randaugment, but got {arguments.auto_augment!r}.")
-    size = arguments.image_size
+    size, interpolation = arguments.image_size, InterpolationMode(data_config["interpolation"])
+    if arguments.crop_scale is None:
+        crop = [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=arguments.crop_padding or None)]
+    else:
+        crop = [v2.RandomResizedCrop(size, scale=(arguments.crop_scale, 1.0), interpolation=interpolation)]
     return v2.Compose(
         [
-            v2.Resize(size, InterpolationMode(data_config["interpolation"])),
-            v2.RandomCrop(size, padding=arguments.crop_padding or None),
+            *crop,
             v2.RandomHorizontalFlip(0.5 if arguments.horizontal_flip else 0.0),
             *policies[arguments.auto_augment],
             v2.PILToTensor(),

@@ -16,11 +16,9 @@ from typing import Any
 import timm
 import torch
 from data import (
-    CIFAR_MEAN,
-    CIFAR_STD,
     DataArguments,
-    LabelledImages,
     card_facts,
+    labelled_images,
     load_images,
     mixing_transform,
     training_transform,
@@ -103,8 +101,8 @@ class EpochTable(TrainerCallback):
             print(f"{state.epoch or 0:10.1f}{metrics['eval_loss']:10.4f}{accuracies}", flush=True)
 
 
-def parse() -> tuple[ModelArguments, DataArguments, Recipe]:
-    parser = HfArgumentParser((ModelArguments, DataArguments, Recipe))
+def parse(kinds=(ModelArguments, DataArguments, Recipe)) -> tuple[ModelArguments, DataArguments, Recipe]:
+    parser = HfArgumentParser(kinds)
     preset = parser.parse_known_args()[0].preset
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}. Available: {', '.join(PRESETS)}.")
@@ -159,16 +157,16 @@ def build_model(options: ModelArguments, data: DataArguments, class_names: list[
     channels = model.config.pretrained_cfg["input_size"][0]
     if channels != 3:
         raise ValueError(f"Images are read as RGB, but the backbone takes {channels} channels. Leave out in_chans.")
-    model.config.pretrained_cfg |= {"input_size": [3, data.image_size, data.image_size], "crop_pct": 1.0}
+    model.config.pretrained_cfg |= {"input_size": [3, data.image_size, data.image_size], "crop_pct": data.crop_pct}
     if not options.pretrained:
-        model.config.pretrained_cfg |= {"mean": list(CIFAR_MEAN), "std": list(CIFAR_STD)}
+        model.config.pretrained_cfg |= {"mean": data.mean, "std": data.std}
     if options.freeze_backbone:
         model.freeze_backbone()
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
-def main():
-    options, data, args = parse()
+def main(*kinds: type):
+    options, data, args = parse(*([kinds] if kinds else []))
     checkpoint = find_checkpoint(args)
     method = get_method(options.method, **parse_json("method_args", options.method_args, dict))
     with args.main_process_first(desc="data"):  # the others find what it has fetched and read
@@ -176,12 +174,13 @@ def main():
     set_seed(args.seed)
     model = build_model(options, data, class_names)
     data_config = timm.data.resolve_data_config(model.config.pretrained_cfg)
+    stream = {"num_rows": data.num_train_images, "buffer_size": data.shuffle_buffer}
     trainer = SelfDistillationTrainer(
         model,
         args,
         method,
-        train_dataset=LabelledImages(images["train"], training_transform(data, data_config)),
-        eval_dataset=LabelledImages(images["test"], timm.data.create_transform(**data_config)),
+        train_dataset=labelled_images(images["train"], training_transform(data, data_config), **stream),
+        eval_dataset=labelled_images(images["test"], timm.data.create_transform(**data_config)),
         mix=mixing_transform(data, len(class_names)),
         lr_milestones=options.lr_milestones,
         lr_gamma=options.lr_gamma,

@@ -7,6 +7,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from .processes import is_sharded
+
 
 class WeightAverage(TrainerCallback):
     """Exponential moving average of what ships, by timm's ``ModelEmaV3``.
@@ -33,7 +35,16 @@ class WeightAverage(TrainerCallback):
         return self.ema.module.state_dict()
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Start from the weights as they are, or from those of a checkpoint."""
+        """Start from the weights as they are, or from those of a checkpoint.
+
+        Raises:
+            ValueError: If the weights are sharded.
+        """
+        if is_sharded(model):
+            raise ValueError(
+                "ema_decay needs whole weights on every process, but they are sharded (FSDP). Train without "
+                "ema_decay, or without FSDP."
+            )
         self.final = None
         self.ema = ModelEmaV3(self._shipped(model), decay=self.decay)
         if self.start is not None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
+from .processes import load_gathered_state
+
 SCAFFOLD_NAME = "scaffold.safetensors"
 AVERAGE_NAME = "ema.safetensors"
 METHOD_NAME = "method.json"
@@ -73,7 +75,7 @@ def load_scaffold(scaffold: nn.Module, folder: str) -> None:
             f"{SCAFFOLD_NAME} was written by another method or another network: it differs in "
             f"{sorted(differing)[:3]} ({len(differing)} names in all). Resume with the settings that wrote it."
         )
-    scaffold.load_state_dict(state, strict=False)  # a frozen teacher is not in the file
+    load_gathered_state(scaffold, state, strict=False)  # a frozen teacher is not in the file
 
 
 def publish(run_folder: str, name: str, limit: int | None, best: str | None) -> None:

@@ -2,16 +2,46 @@
 
 Everything that exponentiates or divides runs in float32, also under autocast. Losses are means per sample, so that
 nothing depends on batch size, gradient accumulation or number of processes. For segmentation they are means over the
-labelled pixels of an image, then over images.
+labelled pixels of an image, then over images. Means over some of the samples (the labelled ones, those that a teacher
+gets right) are over those of the micro-batch; under :func:`counted_over_processes` over those of all its processes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+_counting = threading.local()
+
+
+@contextmanager
+def counted_over_processes() -> Iterator[None]:
+    """Make the gradients of means over some of the samples right when data-parallel processes average them.
+
+    Two processes with 1 and 3 labelled images must not weigh them 3 to 1. A sum is divided by the number of such
+    samples that a process has on average, so that the average over processes is the mean over the whole batch. All
+    processes must compute their losses under it; without a process group, or with one process, it changes nothing.
+    """
+    _counting.over_processes = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    try:
+        yield
+    finally:
+        _counting.over_processes = False
+
+
+def _number(mask: Tensor) -> Tensor:
+    """What to divide a sum over ``mask`` by, see :func:`counted_over_processes`; never 0."""
+    count = mask.sum()
+    if not getattr(_counting, "over_processes", False):
+        return count.clamp(min=1)
+    dist.all_reduce(count)
+    return count.clamp(min=1) / dist.get_world_size()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,7 +64,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits = resize_logits(logits, labels.shape[-2:])
     if labels.is_floating_point() and labels.shape == logits.shape:
         total = F.cross_entropy(logits, labels.float(), reduction="sum")
-        return total / (labels.sum(dim=1) > 0).sum().clamp(min=1)
+        return total / _number(labels.sum(dim=1) > 0)
     if labels.is_floating_point() or labels.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"labels must be class indices shaped {tuple(logits.shape[:1] + logits.shape[2:])} or class probabilities "
@@ -44,7 +74,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.dim() == 3:
         return _pixel_mean(F.cross_entropy(logits, labels, ignore_index=-100, reduction="none"), labels != -100)
     total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return total / (labels != -100).sum().clamp(min=1)
+    return total / _number(labels != -100)
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -198,7 +228,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of ``values`` ``(batch,)`` where ``mask`` ``(batch,)`` is true; 0 if nowhere, of all if it is ``None``."""
     if mask is None:
         return values.mean()
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum() / _number(mask)
 
 
 def median_bias(features: Tensor, weight: Tensor, max_elements: int = 2**26) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction
 
-from .pixel_metrics import compute_pixel_metrics, reduce_to_pixel_counts
+from .pixel_metrics import compute_pixel_metrics, reduce_to_pixel_counts, reduce_to_pixel_losses
 
 # Bins of the calibration error, as Guo et al. have them.
 NUM_BINS = 15
@@ -78,7 +78,7 @@ def calibration_error(right: np.ndarray, confidence: np.ndarray) -> float:
     return float(np.abs(distances).sum() / max(len(right), 1))
 
 
-def reduce_to_exit_metrics(predictions: tuple, labels: Tensor) -> Tensor:
+def reduce_to_exit_metrics(predictions: tuple, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """Reduce what the Trainer passes to what the metrics need, so that memory does not grow with images times classes.
 
     Args:
@@ -86,22 +86,29 @@ def reduce_to_exit_metrics(predictions: tuple, labels: Tensor) -> Tensor:
         labels: As for :func:`reduce_to_answers`; or maps of class indices ``(batch, height, width)``.
 
     Returns:
-        What :func:`reduce_to_answers` returns; for segmentation :func:`reduce_to_pixel_counts`.
+        What :func:`reduce_to_answers` returns; for segmentation :func:`reduce_to_pixel_counts` and
+        :func:`reduce_to_pixel_losses`.
     """
     if labels.ndim == 3:
-        return reduce_to_pixel_counts(predictions[1], torch.as_tensor(labels))
+        labels = torch.as_tensor(labels)
+        return reduce_to_pixel_counts(predictions[1], labels), reduce_to_pixel_losses(predictions[1], labels)
     return reduce_to_answers(predictions[1], labels)
 
 
 def compute_exit_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Compute what :func:`summarise_answers` returns, over labelled images.
 
-    For segmentation: mean IoU and pixel accuracy.
+    For segmentation: mean IoU, pixel accuracy and the mean over images of cross-entropy.
     """
     reduced = prediction.predictions
-    if isinstance(reduced, tuple):
-        reduced = reduce_to_exit_metrics(reduced, prediction.label_ids).numpy()
+    if isinstance(reduced, tuple) and isinstance(reduced[1], tuple):  # all logits
+        reduced = reduce_to_exit_metrics(reduced, prediction.label_ids)
     if prediction.label_ids.ndim == 3:
-        return compute_pixel_metrics(reduced)
+        counts, losses = map(np.asarray, reduced)
+        *_, loss = means = losses.astype(np.float64).mean(axis=0).tolist()
+        return (
+            compute_pixel_metrics(counts) | {"loss": loss} | {f"loss_exit_{i}": mean for i, mean in enumerate(means)}
+        )
+    reduced = np.asarray(reduced)
     labelled = prediction.label_ids != -100 if prediction.label_ids.ndim == 1 else prediction.label_ids.sum(axis=1) > 0
     return summarise_answers(reduced[labelled])

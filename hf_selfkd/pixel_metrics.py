@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .functional import resize_logits
+from .functional import cross_entropy, resize_logits
 
 
 def reduce_to_pixel_counts(exit_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -31,6 +31,25 @@ def reduce_to_pixel_counts(exit_logits: Sequence[Tensor], labels: Tensor) -> Ten
         right = _count(answers, known & (answers == labels), classes)
         counts.append(torch.stack([right, _count(answers, known, classes), labelled], dim=1))
     return torch.stack(counts, dim=1)
+
+
+def reduce_to_pixel_losses(exit_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Compute the cross-entropy of every exit for each image, a mean over its labelled pixels; 0 where none is.
+
+    Args:
+        exit_logits: As for :func:`reduce_to_pixel_counts`.
+        labels: Likewise.
+
+    Returns:
+        ``(batch, exits)``.
+    """
+    return torch.stack(
+        [
+            torch.stack([cross_entropy(image[None], label[None]) for image, label in zip(logits, labels, strict=True)])
+            for logits in map(torch.as_tensor, exit_logits)
+        ],
+        dim=1,
+    )
 
 
 def _count(classes_of_pixels: Tensor, mask: Tensor, classes: int) -> Tensor:

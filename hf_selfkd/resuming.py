@@ -4,10 +4,9 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
@@ -27,6 +26,7 @@ from .checkpoints import (
 )
 from .methods import Method
 from .pretrained import shorten
+from .processes import average_batch_norm, gather_state, is_sharded
 
 
 class ResumableTrainer(Trainer):
@@ -99,10 +99,13 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; into a checkpoint also what only trains, the averaged weights and the method's name."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.args.should_save:  # called by _save_checkpoint
+        if not _internal_call or output_dir is None:
+            return
+        scaffold = None if self.model.scaffold is None else gather_state(self.model.scaffold)
+        if self.args.should_save:  # called by _save_checkpoint, on all processes
             save_method(output_dir, self.method.name)
-            if self.model.scaffold is not None:
-                save_state(self.model.scaffold.state_dict(), output_dir, SCAFFOLD_NAME)
+            if scaffold is not None:
+                save_state(scaffold, output_dir, SCAFFOLD_NAME)
             if self.average is not None:
                 save_state(self.average.state_dict(), output_dir, AVERAGE_NAME)
 
@@ -122,8 +125,10 @@ class ResumableTrainer(Trainer):
         return f"process_{self.args.process_index}.safetensors"
 
     def _synchronise_batch_norm(self) -> None:
-        if self.args.world_size > 1 and self.is_in_train:
-            distribute_bn(self.model, self.args.world_size, reduce=True)
+        if self.is_in_train:
+            average_batch_norm(self.model)
+            if self.average is not None:
+                average_batch_norm(self.average.ema.module)
 
     def _check_finite(self) -> None:
         """Raise FloatingPointError rather than replace a checkpoint by weights that are lost."""
@@ -147,7 +152,8 @@ class ResumableTrainer(Trainer):
         check_complete(resume_from_checkpoint)
         check_method(resume_from_checkpoint, self.method.name)
         self.model.check_exits(resume_from_checkpoint)
-        with self._without_scaffold():
+        # What Accelerate saves of a sharded model holds the scaffold, without which it would not load.
+        with nullcontext() if is_sharded(self.model) else self._without_scaffold():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.model.scaffold is not None:
             load_scaffold(self.model.scaffold, resume_from_checkpoint)

@@ -84,10 +84,7 @@ class SeededDataset(Dataset):
             return Samples([self._draw(index) for index in indices], indices)
 
     def _draw(self, index: int) -> dict[str, Any]:
-        seed = int(np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1, np.uint32)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+        _seed(self.seed, int(self.epoch), index)
         try:
             sample = self.dataset[index]
         except Exception as error:  # decoders raise all kinds
@@ -130,6 +127,24 @@ class SeededDataset(Dataset):
                 f"{self.num_labels} classes (0 to {self.num_labels - 1}) and ignores {self.void[1]}. Build the model "
                 "with num_labels and semantic_loss_ignore_index of the data."
             )
+
+
+@contextmanager
+def drawn_under(*entropy: int) -> Iterator[None]:
+    """Let everything inside draw under random states that depend on ``entropy`` only, then put the states back.
+
+    Those of Python, numpy and torch on the CPU.
+    """
+    with _kept_random_states():
+        _seed(*entropy)
+        yield
+
+
+def _seed(*entropy: int) -> None:
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
 
 
 @contextmanager

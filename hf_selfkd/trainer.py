@@ -1,6 +1,6 @@
 """A transformers Trainer that adds up the terms of a self-distillation method."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,23 +9,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import PredictionOutput, SaveStrategy, TrainOutput, has_length
 
 from .averaging import WeightAverage
 from .card_trainer import CardTrainer
-from .checkpoints import remove_incomplete
-from .functional import add, cross_entropy, smooth_labels
+from .functional import add, counted_over_processes, cross_entropy, smooth_labels
 from .hub_trainer import HubTrainer
 from .methods import Method, get_method
 from .metrics import compute_exit_metrics, reduce_to_exit_metrics
 from .outputs import MultiExitOutput
+from .preparation import Preparation
 from .resuming import ResumableTrainer
 from .safeguard import Safeguard
-from .seeding import INDICES, IndexedCollator, SeededDataset
+from .seeding import INDICES, IndexedCollator, SeededDataset, drawn_under
+from .streaming import SeededStream, StreamingTrainer
 
 
-class SelfDistillationTrainer(ResumableTrainer, HubTrainer, CardTrainer):
+class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, CardTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
@@ -53,7 +54,8 @@ class SelfDistillationTrainer(ResumableTrainer, HubTrainer, CardTrainer):
         ema_decay: Decay of a moving average of the weights, in [0, 1); ``None`` for none. The average is what is
             evaluated and what the model holds after training.
         mix: Applied to ``(pixel_values, labels)`` of every training batch, on its device, such as torchvision's
-            ``v2.MixUp``; labels become probabilities.
+            ``v2.MixUp``; labels become probabilities. Each process mixes its own batch, under random states that
+            depend on seed, step and process only.
         card: What the run cannot know for its model card, such as ``{"dataset": "cifar10"}``: arguments of
             :func:`~hf_selfkd.card_facts.collect_facts`. ``save_model`` and ``push_to_hub`` write the card.
         max_skipped_batches: Number of batches that may be left out in the whole run because of numbers that are not
@@ -91,9 +93,12 @@ class SelfDistillationTrainer(ResumableTrainer, HubTrainer, CardTrainer):
         self.lr_gamma = lr_gamma
         self.decay_norms = decay_norms
         self.mix = mix
+        self._micro_step = 0  # within the current step, which accumulates gradients
         args = TrainingArguments() if args is None else args
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every parameter gets a gradient in every step
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # equal from the start; batch norm is averaged when it is needed
         args.logging_nan_inf_filter = False  # would read the loss twice a batch; the safeguard reads it once a step
         if args.fp16 and max_skipped_batches:
             raise ValueError("fp16 leaves out such batches by itself. Leave max_skipped_batches at 0, or use bf16.")
@@ -112,7 +117,7 @@ class SelfDistillationTrainer(ResumableTrainer, HubTrainer, CardTrainer):
             kwargs.setdefault("preprocess_logits_for_metrics", reduce_to_exit_metrics)
         super().__init__(model=model, args=args, compute_metrics=compute_metrics, card=card, **kwargs)
         self.average = None if ema_decay is None else WeightAverage(ema_decay)
-        self.add_callback(_Preparation(self))
+        self.add_callback(Preparation(self))
         self.add_callback(self.safeguard)
         if self.average is not None:
             self.add_callback(self.average)
@@ -162,11 +167,15 @@ class SelfDistillationTrainer(ResumableTrainer, HubTrainer, CardTrainer):
             loss = cross_entropy(output.exit_logits[-1], labels)
             return (loss, output) if return_outputs else loss
         if self.mix is not None:
-            images, labels = self.mix(images, labels)
+            step = (self.state.global_step, self._micro_step)
+            with drawn_under(self.args.seed, *step, self.args.process_index):
+                images, labels = self.mix(images, labels)
         if self.args.label_smoothing_factor:
             labels = smooth_labels(labels, self.model.config.num_labels, self.args.label_smoothing_factor)
         output = model(images)
-        terms = self.loss_terms(output, labels)
+        with counted_over_processes():
+            terms = self.loss_terms(output, labels)
+        self._micro_step += 1
         named = {f"loss/{name}": term for name, term in terms.items()}
         self._track(named | self.method.metrics(output))
         loss = add(terms.values())
@@ -213,7 +222,10 @@ class SelfDistillationTrainer(ResumableTrainer, HubTrainer, CardTrainer):
                     "lr_milestones are in epochs, but the training data has no length. Use lr_scheduler_type, or data "
                     "with a length."
                 )
-            epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else self.state.num_train_epochs
+            if isinstance(self.train_dataset, SeededStream):
+                epochs = self.stream_epochs(num_training_steps)
+            else:
+                epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else self.state.num_train_epochs
             milestones = [round(epoch * num_training_steps / epochs) for epoch in self.lr_milestones]
             warmup_steps = self.args.get_warmup_steps(num_training_steps)
 
@@ -276,34 +288,3 @@ class SelfDistillationTrainer(ResumableTrainer, HubTrainer, CardTrainer):
             return super().predict(*args, **kwargs)
         finally:
             self.preprocess_logits_for_metrics = reduce
-
-
-class _Batches:
-    """Batches of a data loader, on the trainer's device; each loop over them starts anew."""
-
-    def __init__(self, trainer: SelfDistillationTrainer, dataloader):
-        self.trainer = trainer
-        self.dataloader = dataloader
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self.trainer._prepare_inputs(batch) for batch in self.dataloader)
-
-
-class _Preparation(TrainerCallback):
-    """Clears up behind a run that was cut off, prepares the scaffold of a fresh run, tells the data its epoch."""
-
-    def __init__(self, trainer: SelfDistillationTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.should_save:
-            remove_incomplete(args.output_dir)
-        if state.global_step == 0:
-            model = self.trainer.model
-            model.eval()
-            with torch.no_grad():
-                self.trainer.method.prepare(model, _Batches(self.trainer, kwargs["train_dataloader"]))
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.trainer, "_seeded_dataset"):
-            self.trainer._seeded_dataset.epoch.fill_(int(state.epoch or 0))

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from parallel import run_in_processes
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
@@ -250,8 +251,7 @@ def test_medians_are_those_of_the_training_set(build, teacher, images, train):
 
 def prepare_on_one_process(rank, folder):
     """Prepare with every third batch (rank 1) or the others (rank 0), and store the medians."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = MultiExitForImageClassification.from_backbone("test_resnet", num_labels=5, small_input_stem=True)
     network = timm.create_model("test_resnet", num_classes=5)
@@ -268,7 +268,7 @@ def prepare_on_one_process(rank, folder):
 
 def test_medians_are_of_all_processes(tmp_path):
     torch.save(list(torch.randn(9, 3, 32, 32).split(2)), tmp_path / "images.pt")
-    torch.multiprocessing.spawn(prepare_on_one_process, (str(tmp_path),), nprocs=2)
+    run_in_processes(prepare_on_one_process, 2, str(tmp_path))
     (first, alone), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in ("weight", "bias"))
     assert torch.equal(first["bias"], alone["bias"]) and first["bias"].count_nonzero() == 40

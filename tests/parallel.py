@@ -1,0 +1,35 @@
+"""Starts several processes on the CPU, as `accelerate launch` or `torchrun` would."""
+
+import os
+import socket
+
+import torch
+from torch import nn
+
+
+def run_in_processes(function, processes, *arguments):
+    """Call a function of a test module in several processes that find each other; by itself for one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_start, (function, processes, port, arguments), nprocs=processes)
+
+
+def _start(rank, function, processes, port, arguments):
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        function(rank, *arguments)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def replace_batch_norm(model):
+    """Put group norm in the place of batch norm, which sees the batch of its process only."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                setattr(module, name, nn.GroupNorm(1, child.num_features))
