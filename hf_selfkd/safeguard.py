@@ -85,10 +85,11 @@ class Safeguard(TrainerCallback):
         if self.ends:
             logger.warning(f"Ending after step {state.global_step} because of SIGTERM. Resume from its checkpoint.")
             control.should_save = control.should_training_stop = True
-        # The end of an epoch logs and evaluates, and a resumed run does not come to it again.
+        # The end of an epoch logs and evaluates, and a resumed run does not come to it again: save after that. After
+        # SIGTERM there may be no time for it, so save before too.
         is_last = state.epoch.is_integer() or state.global_step >= state.max_steps
         self._saves_late = control.should_save and is_last
-        control.should_save = control.should_save and not is_last
+        control.should_save = control.should_save and (self.ends or not is_last)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """Save what was left for the end of the epoch; of one that is broken off, do nothing more."""

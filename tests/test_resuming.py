@@ -43,10 +43,10 @@ def sigterm():
 def terminated(build, train, images):
     """Train until SIGTERM comes in a step, and return what is needed to go on."""
 
-    def terminated(step, method="byot", **args):
+    def terminated(step, callbacks=(), **args):
         data = {"train_dataset": Augmented(images), "ema_decay": 0.7}
         with pytest.raises(SystemExit) as end:
-            train(build(), method, trainer_kwargs=data | {"callbacks": [Once(step - 1, sigterm)]}, **args)
+            train(build(), trainer_kwargs=data | {"callbacks": [Once(step - 1, sigterm), *callbacks]}, **args)
         assert end.value.code == 143
         return {"trainer_kwargs": data, **args}
 
@@ -68,6 +68,17 @@ def test_sigterm_saves_first_and_the_run_goes_on_as_if_it_had_not_come(build, tr
     assert logged(resumed) == logged(whole)
     assert len([entry for entry in logged(whole) if "eval_loss" in entry]) == 3
     assert not (tmp_path / "run" / "_incomplete").exists()
+
+
+def test_sigterm_at_the_end_of_an_epoch_saves_before_and_after_its_evaluation(terminated, tmp_path):
+    class Evaluated(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            assert get_last_checkpoint(tmp_path / "run").endswith("checkpoint-4")
+            state.log_history.append({"seen": True})
+
+    terminated(4, eval_strategy="epoch", save_strategy="epoch", callbacks=[Evaluated()])
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert {"seen": True} in state["log_history"]
 
 
 def test_the_handler_that_was_there_gets_sigterm_after_the_checkpoint(build, train, tmp_path):
