@@ -73,7 +73,7 @@ class Run:
             for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
                     process.send_signal(with_signal)
-            psutil.wait_procs(family)
+            psutil.wait_procs(family[1:])  # wait() asks for the status of the first
 
     def wait(self) -> int:
         """Return how it ended."""
