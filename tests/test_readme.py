@@ -12,7 +12,9 @@ from PIL import Image
 
 from hf_selfkd import list_methods
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def blocks(language: str) -> list[str]:
@@ -48,7 +50,7 @@ def test_the_train_snippet_is_short():
 
 
 def test_the_coverage_is_what_was_measured():
-    measured = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "coverage.json").read_text())
+    measured = json.loads((RESULTS / "coverage.json").read_text())
     attached = [record for record in measured["meta"] if "reason" not in record]
     real = [record for record in measured["real"] if "skipped" not in record]
     assert f"Of the {len(measured['meta']):,} names of timm 1.0.31, {len(attached):,} get exits" in README
@@ -57,3 +59,18 @@ def test_the_coverage_is_what_was_measured():
     for check in ("logits", "maps", "trains", "round_trip"):
         assert sum(record[check] is True for record in real) == 99, check
     assert f"Single images leave a running batch on {sum(record['shrinks'] is True for record in real)};" in text
+
+
+def test_tables_are_what_was_measured():
+    for table in ("accuracy/table.md", "segmentation/table.md"):
+        for line in (RESULTS / table).read_text().splitlines():
+            assert line in README, table
+    rows = json.loads((RESULTS / "early_exit.json").read_text())["batch"]["rows"]
+    speed_up = {row["against"]: row["speed-up (wall)"] for row in rows if row["threads"] == 1}
+    text = " ".join(README.split())
+    assert (
+        f"{speed_up['plain timm']:.2f} times as fast as plain timm and "
+        f"{speed_up['earlyon, batched call']:.2f} times as fast as `earlyon`'s batched call"
+    ) in text
+    teacher = json.loads((RESULTS / "accuracy" / "teacher-seed0.json").read_text())["accuracy"]["ensemble"]
+    assert f"a deeper network ({100 * teacher:.2f} % by itself)" in text
