@@ -197,7 +197,7 @@ def test_labels_that_are_no_classes(tmp_path):
 def test_missing_splits(monkeypatch, splits, words):
     features = Features(image=Image(), label=ClassLabel(names=["a"]))
     split = Dataset.from_dict({"image": [noise()], "label": [0]}, features=features)
-    monkeypatch.setattr(data, "_load", lambda name: DatasetDict({name: split for name in splits}))
+    monkeypatch.setattr(data, "_load", lambda name, streaming: DatasetDict({name: split for name in splits}))
     with pytest.raises(ValueError, match=words):
         data.load_images(data.DataArguments(dataset="x"))
 
@@ -208,7 +208,7 @@ def test_without_the_hub_the_way_out_is_named(monkeypatch):
     assert "uoft-cs/cifar100 could not be had from the Hub" in process.stderr
     assert "use --dataset digits, or --dataset with a local folder" in process.stderr
     with pytest.raises(
-        ValueError, match="--dataset takes cifar10, cifar100, digits or an existing folder, but got 'x'"
+        ValueError, match="--dataset takes cifar10, cifar100, imagenet-1k, digits or an existing folder, but got 'x'"
     ):
         data.load_images(data.DataArguments(dataset="x"))
 

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent, and a run that goes on from one is the run that never stopped."""
 
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -151,7 +152,8 @@ def test_what_was_cut_off_is_no_checkpoint_and_is_removed(build, train, tmp_path
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
     assert get_last_checkpoint(tmp_path / "run") is None
-    train(build(), max_steps=1)
+    with caplog.at_level(logging.WARNING, logger="hf_selfkd"):
+        train(build(), max_steps=1)
     assert "Removing checkpoint-9 from " in caplog.text
     assert not half.exists()
 
@@ -176,7 +178,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(build, train, tmp_path, c
     damage(tmp_path / "run" / "checkpoint-4" / "optimizer.pt")
     with pytest.raises(ValueError, match=rf"checkpoint-4 is damaged: {words}. Copy it again, or resume from an earli"):
         train(build(), resume=str(tmp_path / "run" / "checkpoint-4"))
-    assert find_last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+    with caplog.at_level(logging.WARNING, logger="hf_selfkd"):
+        assert find_last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
     assert "Passed over: The checkpoint" in caplog.text
 
 

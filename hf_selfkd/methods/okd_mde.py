@@ -183,7 +183,7 @@ class OKDMDE(Method):
             raise ValueError(f"OKDMDE needs a whole number of students, but got num_students={self.num_students!r}.")
         check_range(self, "temperature", 0, strict=True)
         check_range(self, "ramp_epochs", 0, strict=True)
-        if self.overlap not in OVERLAPS:
+        if self.overlap not in list(OVERLAPS):  # a list, because what was given may have no hash
             raise ValueError(f"OKDMDE needs overlap 'gram' or 'cosine', but got overlap={self.overlap!r}.")
         check_range(self, "overlap_weight", 0)
 
