@@ -108,7 +108,7 @@ def summarise() -> None:
         if run["configuration"] in runs:
             runs[run["configuration"]].append(run)
     runs = {name: found for name, found in runs.items() if found}
-    columns = list(next(iter(runs.values()))[0]["accuracy"])
+    columns = sorted(next(iter(runs.values()))[0]["accuracy"], key=lambda column: column == "ensemble")  # exits first
     lines = [
         "| configuration | seeds | " + " | ".join(column.replace("_", " ") for column in columns) + " |",
         "| --- " * (len(columns) + 2) + "|",
