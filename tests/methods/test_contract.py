@@ -1,5 +1,6 @@
 """What every method promises, whatever it does: on every kind of backbone, in every way of training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ SWIN = {
     "img_size": 32,
     "patch_size": 2,
     "window_size": 4,
+    "drop_path_rate": 0.0,  # or two passes would differ
 }
 BACKBONES = {
     "test_resnet": {},
@@ -113,6 +115,8 @@ def test_terms_are_finite_and_every_parameter_gets_a_gradient(prepared, batch, n
 @on_backbones("test_resnet", "test_vit")
 def test_bfloat16(prepared, batch, name, backbone):
     method, model = prepared(name, backbone)
+    if name == "lsh":
+        method = replace(method, correct_only=False)  # which images are right may hang on the rounding
     exact = {key: term.detach() for key, term in loss_terms(method, model, batch).items()}
     with torch.autocast("cpu", torch.bfloat16):
         check_trains(method, model, batch)
