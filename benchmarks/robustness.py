@@ -58,6 +58,14 @@ def missing(**kept) -> list[str]:
     return [name for name, is_kept in kept.items() if not is_kept]
 
 
+def finish_whole(folder: Path, processes: int) -> tuple[dict, Path]:
+    """Run to the end without a fault; return the options of the run, and its folder."""
+    options = {**SCAFFOLDED, "processes": processes, "per_device_train_batch_size": 16 // processes}
+    whole = folder / f"whole-{processes}"
+    finish(whole, **options)
+    return options, whole
+
+
 # kill -9
 
 
@@ -102,10 +110,8 @@ def sigterm(folder: Path, trials: int) -> list[dict]:
     """Tell all processes of a run to end, as schedulers do, and run the same command again."""
     records = []
     for processes in PROCESSES:
-        options = {**SCAFFOLDED, "processes": processes, "per_device_train_batch_size": 16 // processes}
-        whole = folder / f"whole-{processes}"
-        finish(whole, **options)
-        results = []
+        options, whole = finish_whole(folder, processes)
+        reference, results = outcome(whole), []
         for trial in range(trials):
             place = folder / f"terminated-{processes}-{trial}"
             run = Run(place, **options, dataloader_num_workers=trial % 2)
@@ -115,7 +121,7 @@ def sigterm(folder: Path, trials: int) -> list[dict]:
             saved = re.findall(r"Ending after step (\d+) because of SIGTERM", run.printed)
             lost = missing(status=stopped, checkpoint=saved and (place / f"checkpoint-{saved[-1]}").is_dir())
             finish(place, **options, dataloader_num_workers=trial % 2)
-            results.append(lost + differences(place, outcome(whole)) + leftovers(place))
+            results.append(lost + differences(place, reference) + leftovers(place))
         survival = "a checkpoint of the step it was in, then as above"
         records.append(record(f"SIGTERM to all processes, {count(processes)}", results, survival))
     return records
@@ -128,10 +134,8 @@ def disk(folder: Path, trials: int) -> list[dict]:
     """Go on from a checkpoint where no file may grow beyond a limit, then without it."""
     records = []
     for processes in PROCESSES:
-        options = {**SCAFFOLDED, "processes": processes, "per_device_train_batch_size": 16 // processes}
-        whole = folder / f"whole-{processes}"
-        finish(whole, **options)
-        results = []
+        options, whole = finish_whole(folder, processes)
+        reference, results = outcome(whole), []
         for name in ("model.safetensors", "optimizer.pt"):
             place = folder / f"full-{processes}-{name}"
             run = Run(place, **options)
@@ -144,7 +148,7 @@ def disk(folder: Path, trials: int) -> list[dict]:
             words = re.search("checkpoint-.* could not be written to .*: .*File too large", run.printed)
             lost = missing(status=stopped, error=words, checkpoint=before == contents(place))
             finish(place, **options)
-            results.append(lost + differences(place, outcome(whole)) + leftovers(place))
+            results.append(lost + differences(place, reference) + leftovers(place))
         survival = "an error that says so, earlier checkpoints byte for byte, then as above"
         records.append(record(f"disk full (`RLIMIT_FSIZE`) while saving, {count(processes)}", results, survival))
     return records

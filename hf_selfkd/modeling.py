@@ -19,14 +19,13 @@ from .backbone import (
 )
 from .configuration import MultiExitConfig
 from .conversion import save_timm_checkpoint
-from .creation import create_backbone
 from .early_exit import ExitPolicy, resolve_policy
 from .exits import ConvExit, TokenExit
 from .functional import cross_entropy
 from .limits import rehearse
 from .outputs import EarlyExitOutput, MultiExitOutput
 from .pretrained import MultiExitPreTrainedModel
-from .records import describe, label_names
+from .records import create_recorded
 from .shrinking import EarlyExit, can_shrink
 from .tail import Tail, copy_tail
 
@@ -84,26 +83,12 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         Raises:
             ValueError: If ``exit_width`` would replace a pretrained classifier that was meant to be kept.
         """
-        if "num_classes" in (config.get("backbone_kwargs") or {}):
-            raise ValueError("Give the number of classes as num_labels, not in backbone_kwargs.")
         if pretrained and num_labels is None and config.get("exit_width") is not None:
             raise ValueError(
                 "exit_width puts a new classifier behind the backbone, so the pretrained one would be lost. "
                 "Give num_labels if that is meant, or leave exit_width at None."
             )
-        backbone_kwargs = dict(config.pop("backbone_kwargs", None) or {})
-        model = create_backbone(
-            backbone,
-            num_classes=num_labels,
-            small_input_stem=config.get("small_input_stem", False),
-            exit_width=config.get("exit_width"),
-            pretrained=pretrained,
-            **backbone_kwargs,
-        )
-        labels = {"num_labels": model.num_classes}
-        if pretrained and num_labels is None and "id2label" not in config:
-            labels = label_names(model) or labels
-        built = MultiExitConfig(**describe(model, backbone, pretrained, backbone_kwargs), **(labels | config))
+        built, model = create_recorded(backbone, pretrained, num_labels, config, config.get("exit_width"))
         return cls(built, backbone=model)
 
     def forward(

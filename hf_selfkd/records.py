@@ -1,4 +1,4 @@
-"""What a timm model records about itself: arguments, data configuration, names of its labels."""
+"""What a timm model records about itself, arguments, data configuration, names of its labels, and what rebuilds it."""
 
 import copy
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from .backbone import input_shape
-from .configuration import REFUSED_BACKBONE_KWARGS
+from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
+from .creation import create_backbone
 
 
 def data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
@@ -21,6 +22,39 @@ def data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
         if channels != len(cfg[name]):  # timm averages the stem's weights over channels, or repeats them
             cfg[name] = [sum(cfg[name]) / len(cfg[name])] * channels
     return {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.items()}
+
+
+def create_recorded(
+    name: str, pretrained: bool, num_labels: int | None, fields: dict[str, Any], exit_width: int | None = None
+) -> tuple[MultiExitConfig, nn.Module]:
+    """Build a timm model, and the configuration that rebuilds it.
+
+    Args:
+        name: All that ``timm.create_model`` takes.
+        pretrained: Whether to fetch timm's weights.
+        num_labels: Number of classes; ``None`` keeps timm's classifier and, if pretrained, its label names.
+        fields: Fields of :class:`MultiExitConfig`.
+        exit_width: Of the pre-logits, see :func:`create_backbone`.
+
+    Raises:
+        ValueError: If ``fields`` give the number of classes a second time.
+    """
+    fields = dict(fields)
+    given = dict(fields.pop("backbone_kwargs", None) or {})
+    if "num_classes" in given:
+        raise ValueError("Give the number of classes as num_labels, not in backbone_kwargs.")
+    backbone = create_backbone(
+        name,
+        num_classes=num_labels,
+        small_input_stem=fields.get("small_input_stem", False),
+        exit_width=exit_width,
+        pretrained=pretrained,
+        **given,
+    )
+    labels = {"num_labels": backbone.num_classes}
+    if pretrained and num_labels is None and "id2label" not in fields:
+        labels = label_names(backbone) or labels
+    return MultiExitConfig(**describe(backbone, name, pretrained, given), **(labels | fields)), backbone
 
 
 def describe(backbone: nn.Module, name: str, pretrained: bool, given: dict[str, Any]) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from transformers.image_utils import PILImageResampling
 
 from .bifpn import PyramidHead, SegmentationHead, SegmentationPyramid, deepest_resolutions, resize
 from .configuration import MultiExitConfig
-from .creation import create_backbone
 from .functional import cross_entropy, resize_logits
 from .limits import rehearse
 from .outputs import MultiExitOutput
 from .pretrained import MultiExitPreTrainedModel
-from .records import describe
+from .records import create_recorded
 
 # Layers and levels of EfficientDet-D0, which FRSKD distils (section 4.3): P2 to P5 are maps of the backbone, P6 and P7
 # are pooled from P5.
@@ -96,19 +95,7 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         Raises:
             ValueError: As the constructor does.
         """
-        if "num_classes" in (config.get("backbone_kwargs") or {}):
-            raise ValueError("Give the number of classes as num_labels, not in backbone_kwargs.")
-        backbone_kwargs = dict(config.pop("backbone_kwargs", None) or {})
-        model = create_backbone(
-            backbone,
-            num_classes=num_labels,
-            small_input_stem=config.get("small_input_stem", False),
-            exit_width=None,
-            pretrained=pretrained,
-            **backbone_kwargs,
-        )
-        labels = {"num_labels": num_labels}
-        built = MultiExitConfig(**describe(model, backbone, pretrained, backbone_kwargs), **(labels | config))
+        built, model = create_recorded(backbone, pretrained, num_labels, config)
         return cls(built, backbone=model)
 
     @property
