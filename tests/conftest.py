@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 from hub_server import HubServer, connect
+from recipe import PLAIN_SGD
 from transformers import TrainingArguments
 
 from hf_selfkd import (
@@ -117,17 +118,11 @@ def train(tmp_path, images):
 
     def train(model, method="byot", *, resume=None, trainer_kwargs=None, **args):
         args = {
+            **PLAIN_SGD,
             "output_dir": str(tmp_path / "run"),
             "num_train_epochs": 1,
             "per_device_train_batch_size": 5,
-            "logging_steps": 1,
             "learning_rate": 0.01,
-            "optim": "sgd",
-            "max_grad_norm": 0,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "report_to": "none",
-            "save_strategy": "no",
             "seed": 0,
         } | args
         kwargs = {"train_dataset": images, "eval_dataset": images} | (trainer_kwargs or {})

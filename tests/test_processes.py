@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from parallel import replace_batch_norm, run_in_processes
+from recipe import PLAIN_SGD
 from timm.layers import convert_sync_batchnorm
 from transformers import TrainingArguments
 
@@ -78,18 +79,12 @@ def train(case, folder, *, processes, mix=None, ema_decay=None, batch_norm=False
     if "teacher" in hyper_parameters:
         hyper_parameters = hyper_parameters | {"teacher": teacher()}
     args = {
+        **PLAIN_SGD,
         "max_steps": 4,
         "per_device_train_batch_size": GLOBAL_BATCH // processes,
         "per_device_eval_batch_size": 4,
         "learning_rate": 0.02,
-        "optim": "sgd",
         "optim_args": "momentum=0.9",
-        "max_grad_norm": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "report_to": "none",
-        "use_cpu": True,
         "seed": 0,
     } | args
     if processes > 1:

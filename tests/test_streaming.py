@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from parallel import run_in_processes
+from recipe import PLAIN_SGD
 from test_processes import network
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -99,17 +100,11 @@ def test_what_is_drawn_depends_on_neither_workers_nor_processes():
 
 def train(folder, resume=None, data=None, **args):
     args = {
+        **PLAIN_SGD,
         "max_steps": 14,
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 2,
         "learning_rate": 0.02,
-        "optim": "sgd",
-        "max_grad_norm": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "report_to": "none",
-        "use_cpu": True,
         "remove_unused_columns": False,
     } | args
     model = network("test_vit")

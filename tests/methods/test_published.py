@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe import PLAIN_SGD
 from test_contract import METHODS
 from transformers import TrainingArguments
 
@@ -37,20 +38,8 @@ class Recorder(SelfDistillationTrainer):
 
 @pytest.mark.parametrize("method", published.LOSSES)
 def test_the_trainer_logs_the_published_loss_and_ends_with_its_weights(build, images, tmp_path, method):
-    args = TrainingArguments(
-        output_dir=tmp_path,
-        max_steps=STEPS,
-        per_device_train_batch_size=10,
-        optim="sgd",
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    args = PLAIN_SGD | {"per_device_train_batch_size": 10, "lr_scheduler_type": "constant"}
+    args = TrainingArguments(tmp_path, max_steps=STEPS, learning_rate=LEARNING_RATE, **args)
     trainer = Recorder(
         build("resnet18", backbone_kwargs=NETWORK, small_input_stem=True), args, method, train_dataset=images
     )
