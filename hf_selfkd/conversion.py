@@ -1,6 +1,5 @@
 """From a multi-exit model back to a plain timm checkpoint."""
 
-import copy
 import json
 import os
 from typing import Any
@@ -11,6 +10,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .configuration import MultiExitConfig
+from .copying import copy_module
 
 # What timm's transforms are made from.
 _TRANSFORMS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -37,7 +37,7 @@ def save_timm_checkpoint(backbone: nn.Module, config: MultiExitConfig, folder: s
         raise ValueError(
             f"{os.fspath(folder)} holds a multi-exit model, whose files have the names of timm's. Give another folder."
         )
-    plain = copy.deepcopy(backbone)
+    plain = copy_module(backbone)
     _fold_projection(plain)
     plain.register_state_dict_post_hook(_separate)
     save_for_hf(

@@ -261,9 +261,14 @@ def to_table(rows: Sequence[dict[str, Any]]) -> str:
         | --- | --- |
         | 0 | 0.5124 |
     """
-    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(row.get(key, "")) for key in rows[0]] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(str(value).replace("|", "\\|").split("\n"))
 
 
 def plot_curves(curves: dict[str, Sequence[dict[str, float]]], path: str) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .copying import copy_module
+
 # ONNX files hold weights up to the 2 GiB that protobuf allows; larger ones get a file of their own beside it.
 MAX_ONNX_BYTES = 2**31 - 2**20
 
@@ -30,7 +32,7 @@ class StaticExit(nn.Module):
                 f"{model.config.backbone} has {model.num_exits} exits (0 to {model.num_exits - 1}), "
                 f"but got exit={exit}."
             )
-        self.backbone = copy.deepcopy(model.backbone)
+        self.backbone = copy_module(model.backbone)
         self.head = None
         if exit < model.num_exits - 1:
             self.head = copy.deepcopy(model.exits[exit])
@@ -83,7 +85,7 @@ def export_exit(
     path = Path(path)
     if format == "torch" and path.suffix != ".pt2":
         raise ValueError(f"A torch program needs a path that ends in .pt2, but got {path}.")
-    original = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    original = copy_module(model).to("cpu", torch.float32).eval()
     static = StaticExit(original, exit)
     channels, height, width = model.config.pretrained_cfg["input_size"]
     if image_size is not None:

@@ -63,7 +63,7 @@ def check_weights(folder_or_repository: str | os.PathLike, arguments: dict[str, 
         names = []
         if index is not None:
             with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
+                names = sorted(set(json.load(file).get("weight_map", {}).values()))
     foreign = [name for name in names if not name.endswith(".safetensors") or os.path.basename(name) != name]
     if foreign or not names:
         found = f"it names {foreign[0]}" if foreign else "it has none"

@@ -1,5 +1,6 @@
 """Model cards: the facts of a run in, a README.md that the Hub validates and a picture out."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,8 +86,15 @@ def update_model_card(model: PreTrainedModel, folder: str | Path, trial: dict[st
 
 
 def _section(text: str, title: str) -> str:
-    found = re.search(rf"^## {title}\n.*?(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
-    return found[0] if found else ""
+    """Return a section with its title, up to the next one; what looks like a title in a block of code is none."""
+    lines, is_inside, is_code = [], False, False
+    for line in text.splitlines(keepends=True):
+        is_code ^= line.startswith("```")
+        if line.startswith("## ") and not is_code:
+            is_inside = line == f"## {title}\n"
+        if is_inside:
+            lines.append(line)
+    return "".join(lines)
 
 
 def _replace_section(text: str, title: str, section: str) -> str:
@@ -103,7 +111,8 @@ def exit_scores(model: PreTrainedModel, metrics: dict[str, float]) -> dict[str, 
     keys = {f"exit {exit}": f"eval_{metric}_exit_{exit}" for exit in range(model.num_exits)}
     if model.num_exits > 1:
         keys["ensemble"] = f"eval_{metric}_ensemble"
-    return {name: metrics[key] for name, key in keys.items()} if metrics.keys() >= set(keys.values()) else {}
+    scores = {name: metrics.get(key) for name, key in keys.items()}
+    return scores if all(map(_is_known, scores.values())) else {}
 
 
 def exit_rows(
@@ -134,7 +143,11 @@ def exit_rows(
 def _scores_of(metrics: dict[str, float], name: str) -> dict[str, str]:
     found = {title: metrics.get(f"eval_{metric}_{name}") for metric, title in _TITLES.items()}
     # As many digits as the metadata has.
-    return {title: f"{100 * round(value, 4):.2f}" for title, value in found.items() if value is not None}
+    return {title: f"{100 * round(value, 4):.2f}" for title, value in found.items() if _is_known(value)}
+
+
+def _is_known(score: float | None) -> bool:
+    return score is not None and math.isfinite(score)
 
 
 def card_metadata(model: PreTrainedModel, facts: CardFacts) -> ModelCardData:

@@ -210,7 +210,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         answer = partial(self._exit_logits, tuple(pixel_values.shape[-2:]))
         exits = {stage: exit for exit, stage in enumerate(self.exit_stages)}
         if self._shrinks is None and len(pixel_values) > 1:
-            self._shrinks = can_shrink(network, answer, exits, pixel_values)
+            self._shrinks = can_shrink(network, answer, exits, pixel_values[:1].to(self.dtype))
         needed = {stage: exit for stage, exit in exits.items() if policy.listens(exit)}
         visitor = EarlyExit(policy, answer, needed, shrink=self._shrinks is not False)
         return visitor.run(network, pixel_values)

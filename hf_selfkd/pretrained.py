@@ -52,8 +52,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         self._backbone_frozen = False
         self.scaffold: nn.Module | None = None
         self._shrinks: bool | None = None  # unknown until the first batch leaves early
-        if config.pretrained_cfg is None:
-            config.pretrained_cfg = data_config(self.backbone, config.small_input_stem)
+        config.pretrained_cfg = data_config(self.backbone, config.small_input_stem) | (config.pretrained_cfg or {})
         self.exit_stages = self._choose_exits()
         if config.early_exit or config.exit_policy is not None:
             resolve_policy(None, config.exit_policy, self.num_exits)

@@ -26,8 +26,9 @@ NUM_POOLED_LEVELS = 2
 class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
     """A timm backbone under a bidirectional feature pyramid; its head is the deepest exit.
 
-    The auxiliary exits are convolutional heads on the maps of the backbone's stages. Images may have any size: they
-    are padded at bottom and right to a multiple of the backbone's stride, mostly 32, and the logits cropped.
+    The auxiliary exits are convolutional heads on the maps of the backbone's stages. Images may have any size
+    that the backbone takes: they are padded at bottom and right to a multiple of its stride, mostly 32, and the logits
+    cropped. Networks of windows take one size only, or any with ``backbone_kwargs={"strict_img_size": False}``.
 
     Args:
         config: What to build.
@@ -120,14 +121,28 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
             return_dict: ``False`` returns a tuple.
 
         Raises:
-            ValueError: If ``labels`` have another size than the images, or name a class that the model lacks.
+            ValueError: If ``labels`` have another size than the images, or name a class that the model lacks; if the
+                backbone does not take images of this size; or in training, for a single image that is too small.
         """
         if labels is not None:
             labels = self._checked(labels, pixel_values)
         height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (0, -width % self.stride, 0, -height % self.stride))
-        maps = self.backbone.forward_intermediates(padded, intermediates_only=True)
-        pyramid = self.pyramid(self._levels_of(maps))
+        try:
+            maps = self.backbone.forward_intermediates(padded, intermediates_only=True)
+        except AssertionError as error:  # timm's, of networks built for images of one size
+            raise ValueError(
+                f"{self.config.backbone} does not take images of {height}x{width} pixels, padded to "
+                f"{padded.shape[-2]}x{padded.shape[-1]}: {error} Build it for this size with "
+                "backbone_kwargs={'img_size': ...} or, where it has the option, {'strict_img_size': False}."
+            ) from error
+        levels = self._levels_of(maps)
+        if self.training and levels[-1][:, 0].numel() == 1:
+            raise ValueError(
+                f"Batch norm cannot train on a single image of {height}x{width} pixels, whose coarsest map is one "
+                "pixel. Give batches of two or more (dataloader_drop_last for the last one), or larger images."
+            )
+        pyramid = self.pyramid(levels)
         size = pyramid[0].shape[-2:]
         exit_logits = []
         for head, stage in zip(self.exits, self.exit_stages, strict=True):

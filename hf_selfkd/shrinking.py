@@ -165,7 +165,8 @@ def can_shrink(network: Network, answer: Answer, exits: dict[int, int], pixel_va
         network: Runs the network with a visitor.
         answer: Runs the head of an exit.
         exits: The exit at each stage that has one.
-        pixel_values: Images ``(batch, channels, height, width)``, for size, dtype and device alone.
+        pixel_values: Images ``(batch, channels, height, width)`` in the dtype of the weights; for size, dtype and
+            device alone.
     """
     images = _unlike_images(len(exits) + 2, pixel_values)
     policy = ExitPolicy(thresholds=[0.0] * len(exits))
@@ -190,8 +191,8 @@ def can_shrink(network: Network, answer: Answer, exits: dict[int, int], pixel_va
 
 def _unlike_images(num_images: int, like: Tensor) -> Tensor:
     """Make noise images of different brightness and contrast, always the same, without touching the global seed."""
-    images = torch.randn(num_images, *like.shape[1:], generator=torch.Generator().manual_seed(0))
-    steps = torch.linspace(-1, 1, num_images).view(-1, 1, 1, 1)
+    images = torch.randn(num_images, *like.shape[1:], generator=torch.Generator().manual_seed(0), device="cpu")
+    steps = torch.linspace(-1, 1, num_images, device="cpu").view(-1, 1, 1, 1)
     return (images * 2**steps + steps).to(like)
 
 

@@ -4,7 +4,6 @@ A copy is the backbone itself with placeholders for all that runs before the sta
 own: the hook at the stage puts the trunk's output in.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import FEATURES, Anatomy, classifiers, join_features, run
+from .copying import copy_module
 
 # What running a network on placeholders can raise where it reads more of them than their outputs.
 _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -121,7 +121,7 @@ def copy_tail(
     )
     if not anatomy.hooked:
         raise ValueError(refused)
-    copied = copy.deepcopy(backbone).requires_grad_(True)
+    copied = copy_module(backbone).requires_grad_(True)
     copied.train().eval()  # some networks keep what they computed from their weights until they are trained again
     copied.set_grad_checkpointing(False)
     reference = next(copied.parameters())

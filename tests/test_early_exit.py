@@ -296,6 +296,21 @@ def test_under_inference_mode_and_autocast():
     assert output.confidence.dtype == torch.float32
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_images_of_another_dtype_under_autocast(weights):
+    model = create().to(weights)
+    images = unlike_images().to(torch.float32 if weights is torch.bfloat16 else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        exit_logits = [logits.float() for logits in all_exits(model, images)]
+        policy = spread_policy(exit_logits)
+        output = model.early_exit(images, policy)
+    assert model._shrinks is True
+    exit_index, logits = policy.decide(exit_logits)
+    assert (output.exit_index == exit_index).float().mean() > 0.8  # a score may round across its threshold
+    same = output.exit_index == exit_index
+    torch.testing.assert_close(output.logits[same].float(), logits[same], atol=0.05, rtol=0.05)
+
+
 def test_in_bfloat16():
     model, images = create().to(torch.bfloat16), unlike_images().to(torch.bfloat16)
     policy = spread_policy(all_exits(model, images))

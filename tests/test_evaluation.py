@@ -129,3 +129,8 @@ def test_parameters_met_by_an_image_that_leaves(build, backbone):
     assert found[0] == shallow
     assert found == sorted(found)
     assert found[-1] == model.num_parameters()
+
+
+def test_a_table_keeps_its_columns_whatever_the_cells_hold():
+    rows = [{"setting": "augmentation", "value": "a|b\nc"}, {"value": 0.5}]
+    assert to_table(rows).splitlines()[2:] == ["| augmentation | a\\|b c |", "|  | 0.5 |"]

@@ -238,6 +238,14 @@ def test_a_model_that_nobody_trained_is_told_by_itself(build, tmp_path):
     assert card.data.tags == build().model_tags
 
 
+def test_what_is_no_number_is_left_out(build, tmp_path):
+    names = [*(f"accuracy_exit_{exit}" for exit in range(4)), "accuracy_ensemble"]
+    metrics = {f"eval_{name}": float("nan") for name in names}
+    write_model_card(build(), tmp_path, CardFacts(name="plain", repository="plain", dataset="d", metrics=metrics))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.eval_results is None and "nan" not in card.content.split("## Use")[1].split("## Early exit")[0]
+
+
 def test_one_exit_is_no_ensemble(build, tmp_path):
     metrics = {f"eval_{name}": 0.5 for name in ("accuracy_exit_0", "accuracy_ensemble", "calibration_error_exit_0")}
     facts = CardFacts(name="plain", repository="plain", dataset="stripes", metrics=metrics, recipe={"bf16": True})
@@ -363,6 +371,18 @@ def test_a_policy_found_later_enters_the_card_and_leaves_the_rest_alone(build, t
             after.split("## Notes")[1].split("## Citation")[0] == before.split("## Notes")[1].split("## Citation")[0]
         )
         assert "\n\n\n" not in after
+
+
+def test_a_title_in_a_block_of_code_begins_no_section(build, tmp_path):
+    model, path = build(), tmp_path / "README.md"
+    write_model_card(model, tmp_path, CardFacts(name="late", repository="late"))
+    note = "## Early exit\n\n```bash\n## a comment\nls\n```\n"
+    path.write_text(path.read_text().replace("## Early exit\n", note))
+    model.config.exit_policy = calibrated(max_risk=0.05).to_dict()
+    update_model_card(model, tmp_path)
+    after = path.read_text()
+    assert "## a comment" not in after and "no exit policy" not in after
+    assert after.count("```") % 2 == 0
 
 
 def test_a_folder_without_a_card_gets_one_with_its_policy(build, tmp_path):

@@ -138,3 +138,11 @@ def test_a_configuration_as_transformers_writes_it_gives_no_warning(saved, recwa
     write(folder, config=config | {"use_cache": False})
     MultiExitForImageClassification.from_pretrained(folder)
     assert not [warning for warning in recwarn if "Unknown configuration" in str(warning.message)]
+
+
+def test_what_a_data_configuration_lacks_comes_from_the_backbone(build, tmp_path):
+    model = build("test_convnext", pretrained_cfg={"mean": [0.1, 0.2, 0.3]})
+    assert model.config.pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+    assert model.config.pretrained_cfg["input_size"] == list(model.backbone.pretrained_cfg["input_size"])
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").is_file()

@@ -267,3 +267,17 @@ def test_methods_for_classification_only(build_segmenter, method):
 def test_number_of_classes_goes_to_num_labels():
     with pytest.raises(ValueError, match="num_labels, not in backbone_kwargs"):
         MultiExitForSemanticSegmentation.from_backbone("test_resnet", num_labels=5, backbone_kwargs={"num_classes": 5})
+
+
+def test_a_size_that_the_backbone_does_not_take_is_named(build_segmenter):
+    fields = SWIN | {"backbone_kwargs": SWIN["backbone_kwargs"] | {"strict_img_size": True}}
+    with pytest.raises(ValueError, match="does not take images of 40x56 pixels, padded to 48x64: .*strict_img_size"):
+        build_segmenter(**fields).eval()(torch.randn(1, 3, 40, 56))
+
+
+def test_a_single_small_image_cannot_train(build_segmenter):
+    model = build_segmenter()
+    with pytest.raises(ValueError, match="cannot train on a single image of 64x64 pixels, whose coarsest map is one"):
+        model(torch.randn(1, 3, 64, 64))
+    assert model(torch.randn(2, 3, 64, 64)).logits.isfinite().all()
+    assert model.eval()(torch.randn(1, 3, 64, 64)).logits.isfinite().all()

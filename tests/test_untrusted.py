@@ -210,6 +210,13 @@ def test_an_index_names_safetensors_of_its_own_folder_only(checkpoint, name):
         AutoModelForImageClassification.from_pretrained(checkpoint)
 
 
+def test_an_index_without_weights_is_refused(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(OSError, match="must hold its weights as model.safetensors, but it has none"):
+        AutoModelForImageClassification.from_pretrained(checkpoint)
+
+
 def test_several_files_of_weights(build, tmp_path):
     model = build()
     model.save_pretrained(tmp_path, max_shard_size="500KB")
