@@ -48,7 +48,8 @@ def create(workload: str, method: str, **config) -> tuple[nn.Module, object]:
         "resnet18", num_labels=CLASSES, **(WORKLOADS[workload][0] | config)
     )
     method = get_method(method)
-    model.detach_exits, model.scaffold = method.detach_exits, method.scaffold(model)
+    model.detach_exits, model.returns_maps = method.detach_exits, method.reads_maps
+    model.scaffold = method.scaffold(model)
     return model.train(), method
 
 

@@ -23,7 +23,7 @@ class Ladder(Method):
         """Return the terms of the loss: each is logged under its name, and the trainer adds them up."""
         steps = zip(output.exit_logits[:-1], output.exit_logits[1:], strict=True)
         return {
-            "label": add(cross_entropy(logits, labels) for logits in output.exit_logits),
+            "label": cross_entropy(output.exit_logits, labels),
             "step": add(soften_kl(shallow, deep, self.temperature) for shallow, deep in steps),
         }
 

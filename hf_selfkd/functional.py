@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from itertools import combinations
 
 import torch
@@ -44,12 +45,12 @@ def _number(mask: Tensor) -> Tensor:
     return count.clamp(min=1) / dist.get_world_size()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     """Mean cross-entropy over what is labelled; 0 where nothing is.
 
     Args:
         logits: ``(batch, classes)`` or ``(batch, classes, height, width)``, which is interpolated to the size of
-            the labels.
+            the labels; or a sequence of such tensors, whose losses are added up.
         labels: Class indices ``(batch,)`` or ``(batch, height, width)``, -100 where there is no label; or class
             probabilities shaped like ``logits``, as label smoothing, mixup and cutmix make them.
 
@@ -59,22 +60,29 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: If ``labels`` has neither of these shapes.
     """
-    logits = logits.float()
-    if logits.dim() == 4:
-        logits = resize_logits(logits, labels.shape[-2:])
-    if labels.is_floating_point() and labels.shape == logits.shape:
-        total = F.cross_entropy(logits, labels.float(), reduction="sum")
-        return total / _number(labels.sum(dim=1) > 0)
-    if labels.is_floating_point() or labels.shape != logits.shape[:1] + logits.shape[2:]:
-        raise ValueError(
-            f"labels must be class indices shaped {tuple(logits.shape[:1] + logits.shape[2:])} or class probabilities "
-            f"shaped {tuple(logits.shape)}, but got {labels.dtype} labels shaped {tuple(labels.shape)}."
-        )
-    labels = labels.long()
+    students = [_at_size_of(labels, student.float()) for student in _several(logits)]
+    is_soft = labels.is_floating_point()
+    for student in students:
+        indices_shape = student.shape[:1] + student.shape[2:]
+        if labels.shape != (student.shape if is_soft else indices_shape):
+            raise ValueError(
+                f"labels must be class indices shaped {tuple(indices_shape)} or class probabilities shaped "
+                f"{tuple(student.shape)}, but got {labels.dtype} labels shaped {tuple(labels.shape)}."
+            )
+    labels = labels.float() if is_soft else labels.long()
     if labels.dim() == 3:
-        return _pixel_mean(F.cross_entropy(logits, labels, ignore_index=-100, reduction="none"), labels != -100)
-    total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    return total / _number(labels != -100)
+        pixels = add(F.cross_entropy(student, labels, ignore_index=-100, reduction="none") for student in students)
+        return _pixel_mean(pixels, labels != -100)
+    total = add(F.cross_entropy(student, labels, ignore_index=-100, reduction="sum") for student in students)
+    return total / _number(labels.sum(dim=1) > 0 if is_soft else labels != -100)
+
+
+def _several(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [logits] if isinstance(logits, Tensor) else logits
+
+
+def _at_size_of(labels: Tensor, logits: Tensor) -> Tensor:
+    return resize_logits(logits, labels.shape[-2:]) if logits.dim() == 4 else logits
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -90,7 +98,10 @@ def _pixel_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def soften_kl(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, mask: Tensor | None = None
+    student_logits: Tensor | Sequence[Tensor],
+    teacher_logits: Tensor,
+    temperature: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Kullback-Leibler divergence from softened teacher to softened student, times the squared temperature.
 
@@ -99,20 +110,21 @@ def soften_kl(
     method can forget to.
 
     Args:
-        student_logits: ``(batch, classes)``, or ``(batch, classes, height, width)`` for a mean over pixels.
-        teacher_logits: Shaped like ``student_logits``.
+        student_logits: ``(batch, classes)``, or ``(batch, classes, height, width)`` for a mean over pixels; or a
+            sequence of such tensors, whose divergences are added up.
+        teacher_logits: Shaped like each student's.
         temperature: Divides both logits, above 0.
         mask: ``(batch, height, width)``, true for the pixels that count; ``None`` for all.
 
     Returns:
         A scalar, 0 where both agree.
     """
-    divergence = F.kl_div(
-        F.log_softmax(student_logits.float() / temperature, dim=1),
-        F.log_softmax(teacher_logits.detach().float() / temperature, dim=1),
-        reduction="none",
-        log_target=True,
-    ).sum(dim=1)
+    target = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    probabilities = target.exp()
+    divergence = add(
+        (probabilities * (target - F.log_softmax(student.float() / temperature, dim=1))).sum(dim=1)
+        for student in _several(student_logits)
+    )
     return temperature**2 * (divergence.mean() if mask is None else _pixel_mean(divergence, mask))
 
 
@@ -163,9 +175,9 @@ def smooth_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
 
 
 def add(terms: Iterable[Tensor]) -> Tensor:
-    """Sum scalars into one; none of them gives a 0 tensor, so that a term is always a tensor."""
+    """Sum tensors into one; none of them gives a 0 tensor, so that a term is always a tensor."""
     terms = list(terms)
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return reduce(torch.add, terms) if terms else torch.zeros(())
 
 
 def hash_projection(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -138,6 +139,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         )
         if self.training and self.scaffold is not None:
             output.scaffold = self.scaffold(pixel_values, output)
+        if not (self.returns_maps or output_hidden_states):
+            output = replace(output, exit_maps=None, stage_outputs=None)
         return output if return_dict is not False else output.to_tuple()
 
     @property

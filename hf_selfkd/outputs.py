@@ -19,7 +19,7 @@ class MultiExitOutput(ModelOutput):
         exit_features: Pooled vectors that enter each exit's classifier, each ``(batch, exit_width)``; for
             classification only.
         exit_maps: Maps of all stages, for segmentation of all levels of the pyramid, each ``(batch, channels, height,
-            width)``; in training, or with ``output_hidden_states=True``.
+            width)``; in training unless ``model.returns_maps`` is false, or with ``output_hidden_states=True``.
         stage_outputs: What the stages handed on, in the backbone's own layout and with prefix tokens, from which
             ``exit_maps`` are views; when these are given, for classification only.
         scaffold: What ``model.scaffold`` returned, in training only.

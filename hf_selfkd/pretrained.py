@@ -41,6 +41,8 @@ class MultiExitPreTrainedModel(PreTrainedModel):
 
     # Set by the trainer, or in your own loop: exits read detached maps, so that the backbone learns as without them.
     detach_exits = False
+    # Likewise: maps are part of the answer in training. Without it only the scaffold sees them.
+    returns_maps = True
 
     def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
         super().__init__(config)

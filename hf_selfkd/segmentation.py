@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         )
         if self.training and self.scaffold is not None:
             output.scaffold = self.scaffold(pixel_values, output)
+        if not (self.returns_maps or output_hidden_states):
+            output = replace(output, exit_maps=None)
         return output if return_dict is not False else output.to_tuple()
 
     def _levels_of(self, maps: list[Tensor]) -> list[Tensor]:

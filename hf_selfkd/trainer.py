@@ -139,6 +139,7 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
         torch.manual_seed(args.seed)  # the scaffold starts equal on all processes
         model.add_model_tags(self.method.name.split("+"))
         model.detach_exits = self.method.detach_exits
+        model.returns_maps = self.method.reads_maps
         model.scaffold = self.method.scaffold(model)
 
     def call_model_init(self, trial=None) -> nn.Module:
@@ -186,7 +187,7 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
         """Return the method's terms, and ``exits`` for exits that learn from detached maps."""
         terms = self.method(output, labels, self.state.epoch or 0.0)
         if self.model.detach_exits and len(output.exit_logits) > 1:
-            terms["exits"] = add(cross_entropy(logits, labels) for logits in output.exit_logits[:-1])
+            terms["exits"] = cross_entropy(output.exit_logits[:-1], labels)
         return terms
 
     def _track(self, terms: dict[str, Tensor]) -> None:

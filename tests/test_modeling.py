@@ -150,6 +150,17 @@ def test_output(build, batch):
     assert torch.equal(model(**batch, return_dict=False)[1], model(**batch).logits)
 
 
+def test_maps_that_only_the_scaffold_reads_are_left_out(build, batch):
+    model = build().train()
+    model.returns_maps = False
+    model.scaffold = lambda pixel_values, output: {"maps": (output.exit_maps, output.stage_outputs)}
+    output = model(batch["pixel_values"])
+    assert all(len(maps) == 5 for maps in output.scaffold["maps"])
+    assert output.exit_maps is None and output.stage_outputs is None
+    assert "exit_maps" not in output and "stage_outputs" not in output
+    assert len(model(batch["pixel_values"], output_hidden_states=True).exit_maps) == 5
+
+
 def test_the_ensemble_as_the_answer(build, batch):
     model = build(ensemble=True).eval()
     output = model(batch["pixel_values"])

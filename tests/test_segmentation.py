@@ -126,6 +126,15 @@ def test_detached_exits_leave_the_backbone_alone(build_segmenter, images):
     assert all(parameter.grad is not None for parameter in model.exits.parameters())
 
 
+def test_maps_that_only_the_scaffold_reads_are_left_out(build_segmenter, images):
+    model = build_segmenter()
+    model.returns_maps = False
+    model.scaffold = lambda pixel_values, output: {"maps": output.exit_maps}
+    output = model(images)
+    assert len(output.scaffold["maps"]) == 6 and "exit_maps" not in output
+    assert len(model(images, output_hidden_states=True).exit_maps) == 6
+
+
 def test_ensemble_is_the_mean_of_all_exits_in_evaluation(build_segmenter, images, labels):
     model = build_segmenter(ensemble=True)
     output = model.eval()(images, labels)

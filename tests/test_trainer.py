@@ -368,6 +368,17 @@ def test_label_smoothing_and_mixing_reach_every_label_term(build, batch, train, 
     assert all(np.isfinite(losses(mixed)))
 
 
+def test_maps_are_not_copied_for_a_method_that_reads_none(build, batch, train):
+    """Accelerate copies whatever the model returns to float32."""
+    returned = []
+    for method in ("byot", "frskd", "okd_mde"):
+        model = build()
+        trainer = train(model, method, bf16=True)
+        _, output = trainer.compute_loss(trainer.model_wrapped, batch, return_outputs=True)
+        returned.append((output.exit_maps, output.stage_outputs))
+    assert returned == 3 * [(None, None)]
+
+
 def test_bf16_training(build, train):
     trainer = train(build(), "byot", bf16=True)
     assert all(np.isfinite(losses(trainer)))

@@ -25,6 +25,8 @@ class Method:
         detach_exits: Whether auxiliary exits read detached maps, because the paper knows no exits: the backbone then
             learns as without them. The trainer adds their label loss as the term ``exits``. A property where it
             depends on a hyper-parameter.
+        reads_maps: Whether the loss itself reads ``output.exit_maps`` or ``output.stage_outputs``. Where it does not,
+            they are left out behind the scaffold, because mixed precision copies everything that a model returns.
         min_exits: Exits the method needs, the deepest included.
         tasks: Which models it can train, by their ``task``.
     """
@@ -32,6 +34,7 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str]
     detach_exits: ClassVar[bool] = False
+    reads_maps: ClassVar[bool] = True
     min_exits: ClassVar[int] = 1
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
 

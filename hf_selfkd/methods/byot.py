@@ -24,6 +24,7 @@ class BYOT(Method):
 
     name: ClassVar[str] = "byot"
     paper: ClassVar[str] = "https://arxiv.org/abs/1905.08094"
+    reads_maps: ClassVar[bool] = False
     min_exits: ClassVar[int] = 2
 
     alpha: float = 0.3
@@ -42,9 +43,7 @@ class BYOT(Method):
         """
         *shallow_logits, deep_logits = output.exit_logits
         *shallow_features, deep_features = output.exit_features
-        label = cross_entropy(deep_logits, labels) + (1 - self.alpha) * add(
-            cross_entropy(logits, labels) for logits in shallow_logits
-        )
-        logit = self.alpha * add(soften_kl(logits, deep_logits, self.temperature) for logits in shallow_logits)
+        label = cross_entropy(deep_logits, labels) + (1 - self.alpha) * cross_entropy(shallow_logits, labels)
+        logit = self.alpha * soften_kl(shallow_logits, deep_logits, self.temperature)
         hint = self.hint_weight * add(mse(features, deep_features) for features in shallow_features)
         return {"label": label, "logit": logit, "hint": hint}

@@ -39,6 +39,11 @@ class Combination(Method, registered=False):
         return all(method.detach_exits for method in self.methods)
 
     @property
+    def reads_maps(self) -> bool:
+        """If any method does."""
+        return any(method.reads_maps for method in self.methods)
+
+    @property
     def min_exits(self) -> int:
         """Exits that the most demanding method needs."""
         return max(method.min_exits for method in self.methods)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..functional import add, cross_entropy
+from ..functional import cross_entropy
 from ..outputs import MultiExitOutput
 from .base import Method
 
@@ -20,9 +20,10 @@ class DeepSupervision(Method):
 
     name: ClassVar[str] = "deep_supervision"
     paper: ClassVar[str] = "https://arxiv.org/abs/1409.5185"
+    reads_maps: ClassVar[bool] = False
     min_exits: ClassVar[int] = 2
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
         """Return ``label``, the cross-entropies of all exits added up."""
-        return {"label": add(cross_entropy(logits, labels) for logits in output.exit_logits)}
+        return {"label": cross_entropy(output.exit_logits, labels)}

@@ -25,6 +25,7 @@ class EED(Method):
 
     name: ClassVar[str] = "eed"
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.00299"
+    reads_maps: ClassVar[bool] = False
     min_exits: ClassVar[int] = 2
 
     output_loss: str = "mse"
@@ -44,12 +45,12 @@ class EED(Method):
         """Return ``label``, ``logit`` and ``feature``, each added up over all exits (section 3)."""
         ensemble_logits = output.ensemble_logits
         ensemble_features = torch.stack(output.exit_features).mean(dim=0)
-        label = add(cross_entropy(logits, labels) for logits in output.exit_logits)
+        label = cross_entropy(output.exit_logits, labels)
         if self.output_loss == "mse":
             weight = 1.0 if self.output_weight is None else self.output_weight
             logit = weight * add(mse(logits, ensemble_logits) for logits in output.exit_logits)
         else:
             weight = 0.1 if self.output_weight is None else self.output_weight
-            logit = weight * add(soften_kl(logits, ensemble_logits, self.temperature) for logits in output.exit_logits)
+            logit = weight * soften_kl(output.exit_logits, ensemble_logits, self.temperature)
         feature = self.feature_weight * add(mse(features, ensemble_features) for features in output.exit_features)
         return {"label": label, "logit": logit, "feature": feature}

@@ -95,6 +95,7 @@ class FRSKD(Method):
 
     name: ClassVar[str] = "frskd"
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.08273"
+    reads_maps: ClassVar[bool] = False
     detach_exits: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 

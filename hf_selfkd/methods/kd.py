@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import add, cross_entropy, soften_kl
+from ..functional import cross_entropy, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
 from .teacher import Teacher, missing_scaffold
@@ -27,6 +27,7 @@ class KD(Method):
 
     name: ClassVar[str] = "kd"
     paper: ClassVar[str] = "https://arxiv.org/abs/1503.02531"
+    reads_maps: ClassVar[bool] = False
 
     teacher: nn.Module | str | None = field(default=None, repr=False)
     alpha: float = 0.9
@@ -53,6 +54,6 @@ class KD(Method):
         if output.scaffold is None:
             raise missing_scaffold(self, "its teacher's answer")
         teacher_logits = output.scaffold["teacher_logits"]
-        label = (1 - self.alpha) * add(cross_entropy(logits, labels) for logits in output.exit_logits)
-        logit = self.alpha * add(soften_kl(logits, teacher_logits, self.temperature) for logits in output.exit_logits)
+        label = (1 - self.alpha) * cross_entropy(output.exit_logits, labels)
+        logit = self.alpha * soften_kl(output.exit_logits, teacher_logits, self.temperature)
         return {"label": label, "logit": logit}

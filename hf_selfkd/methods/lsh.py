@@ -50,6 +50,7 @@ class LSH(Method):
 
     name: ClassVar[str] = "lsh"
     paper: ClassVar[str] = "https://arxiv.org/abs/2011.01424"
+    reads_maps: ClassVar[bool] = False
 
     teacher: nn.Module | str | None = field(default=None, repr=False)
     mimic_weight: float = 6.0
@@ -134,9 +135,9 @@ class LSH(Method):
         target = output.scaffold["teacher_projection"]
         bits = [hash_loss(projection, target) for projection in output.scaffold["student_projections"]]
         return {
-            "label": add(cross_entropy(logits, labels) for logits in label_logits),
-            "feature": self.mimic_weight * add(masked_mean(error, mask) for error in errors),
-            "hash": self.mimic_weight * add(masked_mean(loss, mask) for loss in bits),
+            "label": cross_entropy(label_logits, labels),
+            "feature": self.mimic_weight * masked_mean(add(errors), mask),
+            "hash": self.mimic_weight * masked_mean(add(bits), mask),
         }
 
 

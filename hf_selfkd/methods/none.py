@@ -16,6 +16,7 @@ class NoDistillation(Method):
 
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "https://arxiv.org/abs/1512.03385"
+    reads_maps: ClassVar[bool] = False
     detach_exits: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 

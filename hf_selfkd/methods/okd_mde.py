@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import add, cosine_overlap, cross_entropy, disagreement, gram_overlap, mix, sigmoid_ramp, soften_kl
+from ..functional import cosine_overlap, cross_entropy, disagreement, gram_overlap, mix, sigmoid_ramp, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
 from .teacher import missing_scaffold
@@ -169,6 +169,7 @@ class OKDMDE(Method):
 
     name: ClassVar[str] = "okd_mde"
     paper: ClassVar[str] = "https://arxiv.org/abs/2010.00795"
+    reads_maps: ClassVar[bool] = False
     detach_exits: ClassVar[bool] = True
 
     num_students: int = 3
@@ -219,9 +220,9 @@ class OKDMDE(Method):
         ramp = sigmoid_ramp(math.floor(epoch) / self.ramp_epochs)  # published schedules change once an epoch
         return {
             "label": cross_entropy(students[0], labels),
-            "students": add(cross_entropy(logits, labels) for logits in students[1:]),
+            "students": cross_entropy(students[1:], labels),
             "ensemble": cross_entropy(ensemble, labels),
-            "logit": ramp * add(soften_kl(logits, ensemble, self.temperature) for logits in students),
+            "logit": ramp * soften_kl(students, ensemble, self.temperature),
             "overlap": self.overlap_weight * output.scaffold["overlap"],
         }
 

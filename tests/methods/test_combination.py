@@ -6,6 +6,7 @@ from torchvision.transforms import v2
 from hf_selfkd import Method, get_method, list_methods
 from hf_selfkd.functional import hash_projection
 from hf_selfkd.methods import base
+from hf_selfkd.methods.combination import Combination
 
 
 def lsh_scaffold(output):
@@ -67,6 +68,15 @@ def test_demands_of_the_parts(build, name, settings, detach_exits, min_exits):
     if min_exits == 2:
         with pytest.raises(ValueError, match="needs at least 2 exits, but the model has 1"):
             method.check(build(exits=[]))
+
+
+def test_maps_are_returned_if_one_method_reads_them():
+    class Reader(Method, registered=False):
+        name = "reader"
+
+    byot = get_method("byot")
+    assert Combination(methods=(byot, Reader())).reads_maps
+    assert not Combination(methods=(byot, get_method("eed"))).reads_maps
 
 
 def test_scaffolds_stand_beside_each_other(build, batch):

@@ -58,7 +58,7 @@ def prepared(build, batch):
     def prepared(name, backbone, **config):
         method, model = get_method(name, **arguments(name)), build(backbone, **(BACKBONES[backbone] | config))
         method.check(model)
-        model.detach_exits = method.detach_exits
+        model.detach_exits, model.returns_maps = method.detach_exits, method.reads_maps
         torch.manual_seed(0)
         model.scaffold = method.scaffold(model)
         with torch.no_grad():
@@ -73,7 +73,7 @@ def loss_terms(method, model, batch, epoch=1.5):
     output = model(batch["pixel_values"])
     terms = method(output, batch["labels"], epoch)
     if model.detach_exits:
-        terms["exits"] = add(cross_entropy(logits, batch["labels"]) for logits in output.exit_logits[:-1])
+        terms["exits"] = cross_entropy(output.exit_logits[:-1], batch["labels"])
     return terms
 
 
