@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from data import (
+    Collator,
     DataArguments,
     card_facts,
     labelled_images,
@@ -181,6 +182,7 @@ def main(*kinds: type):
         method,
         train_dataset=labelled_images(images["train"], training_transform(data, data_config), **stream),
         eval_dataset=labelled_images(images["test"], timm.data.create_transform(**data_config)),
+        data_collator=Collator(data_config),
         mix=mixing_transform(data, len(class_names)),
         lr_milestones=options.lr_milestones,
         lr_gamma=options.lr_gamma,
