@@ -14,8 +14,10 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -23,13 +25,16 @@ import torch.nn.functional as F
 from published import LOSSES, train
 from timing import ratio, time_in_turn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 from transformers import TrainingArguments, default_data_collator
 
 from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, SelfDistillationTrainer, get_method
 from hf_selfkd.evaluation import to_table
 from hf_selfkd.functional import add, cross_entropy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 METHODS = ("none", "deep_supervision", "byot", "eed", "lsh", "frskd", "okd_mde")
 NARROW = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}
@@ -267,24 +272,32 @@ def candidates_of_loop(workload: str, name: str, config: dict, num_steps: int = 
 
 
 def pipeline(rounds: int, dataset: str | None) -> list[dict]:
-    """Images that two workers deliver, against timm's loader with the same images and transforms."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    """Time that two workers take to deliver images, over timm's readers and loaders with the same transforms."""
+    from data import DataArguments
+    from timm.data import create_dataset
+
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        sources = {"224 px, folder of JPEG files": (write_folder(Path(folder)), 224, 4)}
+        write_images(Path(folder))
+        large = DataArguments(dataset=folder, evaluation_split="train", image_size=224, crop_scale=0.08)
+        sources = {"224 px, folder of JPEG files": (large, create_dataset("", root=folder))}
         if dataset:
-            sources["32 px, CIFAR-10 parquet"] = (dataset, 32, 4)
-        for title, (path, side, padding) in sources.items():
-            candidates, images = candidates_of_pipeline(path, side, padding)
+            small = DataArguments(dataset=dataset, max_train_samples=5000)
+            timms = create_dataset(f"hfds/{dataset}", split="train", input_key="img")
+            sources["32 px, CIFAR-10 parquet"] = (small, timms)
+        for title, (arguments, timms) in sources.items():
+            candidates, images = candidates_of_pipeline(arguments, timms)
             times = time_in_turn(candidates, rounds)
             row = {"source": title, "images": images}
-            row["time over timm's (wall)"] = ratio(times, [(1, "ours")], "timm", "wall")
+            row["images per second"] = images / median(times["ours"]["wall"])
+            row["over timm's (wall)"] = ratio(times, [(1, "ours")], "timm", "wall")
+            row["over timm's prefetcher (wall)"] = ratio(times, [(1, "ours")], "timm, prefetcher", "wall")
             rows.append(row)
             print(row, flush=True)
     return rows
 
 
-def write_folder(folder: Path, count: int = 600) -> str:
+def write_images(folder: Path, count: int = 600) -> None:
     from torchvision.io import write_jpeg
 
     generator = torch.Generator().manual_seed(0)
@@ -293,51 +306,56 @@ def write_folder(folder: Path, count: int = 600) -> str:
         image = F.interpolate(coarse, size=(375, 500), mode="bilinear")[0].mul(255).byte()
         (folder / str(index % 4)).mkdir(exist_ok=True)
         write_jpeg(image, str(folder / str(index % 4) / f"{index}.jpg"))
-    return str(folder)
 
 
-def candidates_of_pipeline(path: str, side: int, padding: int) -> tuple[dict, int]:
-    from data import DataArguments, LabelledImages, load_images, training_transform
+def candidates_of_pipeline(arguments, timms: Dataset) -> tuple[dict, int]:
+    from data import Collator, LabelledImages, load_images, training_transform
     from timm.data import create_loader
 
-    arguments = DataArguments(dataset=path, max_train_samples=5000, image_size=side, crop_padding=padding)
     splits, _ = load_images(arguments)
-    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    transform = training_transform(arguments, {"interpolation": "bilinear", "mean": mean, "std": std})
+    config = {"interpolation": "bilinear", "mean": (0.5, 0.4, 0.6), "std": (0.25, 0.2, 0.3)}
+    transform = training_transform(arguments, config)
     args = TrainingArguments(
         tempfile.mkdtemp(),
-        per_device_train_batch_size=128,
+        per_device_train_batch_size=100,
         dataloader_num_workers=2,
-        dataloader_drop_last=True,
         use_cpu=True,
         report_to="none",
     )
     model = MultiExitForImageClassification.from_backbone("test_resnet", num_labels=10)
     ours = LabelledImages(splits["train"], transform)
-    trainer = SelfDistillationTrainer(model, args, "none", train_dataset=ours)
+    trainer = SelfDistillationTrainer(model, args, "none", train_dataset=ours, data_collator=Collator(config))
+    size = (3, arguments.image_size, arguments.image_size)
 
-    class Pairs(torch.utils.data.Dataset):
-        """The same images, as timm's loader wants them."""
+    def timms_loader(prefetches: bool):
+        """Build timm's loader; with its prefetcher it normalises batches, else images."""
+        images = copy.copy(timms)
+        images.transform = v2.Compose([transform, *([] if prefetches else Collator(config).normalise.transforms)])
+        return create_loader(
+            Subset(images, range(len(ours))),  # create_loader sets the transform of what it gets
+            size,
+            args.per_device_train_batch_size,
+            is_training=True,
+            mean=config["mean"],
+            std=config["std"],
+            use_prefetcher=prefetches,
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=False,
+            device=torch.device("cpu"),
+        )
 
-        def __len__(self) -> int:
-            return len(ours)
+    loaders = {
+        "ours": trainer.get_train_dataloader(),
+        "timm": timms_loader(False),
+        "timm, prefetcher": timms_loader(True),
+    }
 
-        def __getitem__(self, index: int):
-            sample = ours[index]
-            return sample["pixel_values"], sample["labels"]
+    def read(loader) -> None:
+        for batch in loader:
+            images = batch["pixel_values"] if isinstance(batch, Mapping) else batch[0]
+            assert images.shape[1:] == size and images.dtype == torch.float32
 
-    pairs = Pairs()
-    loader = create_loader(
-        pairs, (3, side, side), 128, is_training=True, no_aug=True, use_prefetcher=False, num_workers=2,
-        persistent_workers=False,
-    )  # fmt: skip
-    # create_loader gives the data set a transform of its own; that of the images stays the one above.
-
-    def read(batches) -> None:
-        for _ in batches:
-            pass
-
-    return {"ours": lambda: read(trainer.get_train_dataloader()), "timm": lambda: read(loader)}, len(ours)
+    return {name: partial(read, loader) for name, loader in loaders.items()}, len(ours)
 
 
 def communication(rounds: int, dataset: str | None) -> list[dict]:

@@ -108,13 +108,14 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
         args.enable_jit_checkpoint = False  # saves within a step, from where no run goes on exactly
         if model is not None:
             self._attach_method(model, args)
+        self._reduces_answers = False
         if compute_metrics is None:
             if args.batch_eval_metrics:
                 raise ValueError(
                     "batch_eval_metrics needs your own compute_metrics. Leave it out: ours needs no logits."
                 )
             compute_metrics = compute_exit_metrics
-            kwargs.setdefault("preprocess_logits_for_metrics", reduce_to_exit_metrics)
+            self._reduces_answers = "preprocess_logits_for_metrics" not in kwargs
         super().__init__(model=model, args=args, compute_metrics=compute_metrics, card=card, **kwargs)
         self.average = None if ema_decay is None else WeightAverage(ema_decay)
         self.add_callback(Preparation(self))
@@ -284,8 +285,17 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
         """Predict; ``predictions`` holds the logits, and a tuple with those of every exit."""
-        reduce, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
+        reduces, self._reduces_answers = self._reduces_answers, False
         try:
             return super().predict(*args, **kwargs)
         finally:
-            self.preprocess_logits_for_metrics = reduce
+            self._reduces_answers = reduces
+
+    def prediction_step(self, *args, **kwargs):
+        """Reduce answers to what the metrics need before they, and maps of labels, are gathered and kept."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if self._reduces_answers and logits is not None and labels is not None:
+            logits = reduce_to_exit_metrics(logits, labels)
+            if labels.dim() == 3:
+                labels = labels[:, :1, :1]  # says that they were maps, which nobody reads any more
+        return loss, logits, labels

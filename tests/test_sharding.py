@@ -26,7 +26,7 @@ def build(case):
     method = get_method(case.split()[0], **hyper_parameters)
     model = network(name)
     torch.manual_seed(0)
-    model.detach_exits = method.detach_exits
+    model.detach_exits, model.returns_maps = method.detach_exits, method.reads_maps
     model.scaffold = method.scaffold(model)
     replace_batch_norm(model)
     return model, method
@@ -64,7 +64,7 @@ def step(model, method, optimizer, batch):
     output = model.train()(batch["pixel_values"])
     terms = method(output, batch["labels"], 0.0)
     if model.detach_exits:
-        terms["exits"] = add(cross_entropy(logits, batch["labels"]) for logits in output.exit_logits[:-1])
+        terms["exits"] = cross_entropy(output.exit_logits[:-1], batch["labels"])
     add(terms.values()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     optimizer.step()
@@ -102,7 +102,7 @@ def train_sharded(rank, cases, folder):
             if rank == 0:
                 save_state(scaffold, str(folder), SCAFFOLD_NAME)
         shipped = {name: tensor for name, tensor in saved.items() if not name.startswith("scaffold.")}
-        if rank == 0 and model.task == "image-classification":
+        if rank == 0 and CASES[case][0] == "test_vit":  # the others have group norm here, and would be built without
             model.save_pretrained(folder / "model", state_dict=saved)
             loaded = MultiExitForImageClassification.from_pretrained(folder / "model")
             assert loaded.state_dict().keys() == shipped.keys()

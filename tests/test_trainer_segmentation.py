@@ -55,6 +55,19 @@ def test_terms_add_up_and_metrics_equal_scikit_learn(train_segmenter, maps, meth
     assert metrics["eval_mean_iou"] == metrics[f"eval_mean_iou_exit_{index}"]
 
 
+def test_evaluation_gathers_counts_and_no_maps(train_segmenter, maps):
+    trainer = train_segmenter("deep_supervision", max_steps=1)
+    seen = []
+    trainer.compute_metrics = lambda prediction: seen.append(prediction) or {}
+    trainer.evaluate()
+    exits = trainer.model.num_exits
+    counts, losses = seen[0].predictions
+    assert (counts.shape, losses.shape) == ((7, exits + 1, 3, 3), (7, exits))
+    assert seen[0].label_ids.shape == (7, 1, 1)
+    trainer.predict(maps)
+    assert seen[1].label_ids.shape == (7, 32, 32)
+
+
 def test_learns_the_two_halves(train_segmenter):
     trainer = train_segmenter("frskd", num_train_epochs=24, per_device_train_batch_size=7, learning_rate=0.02)
     losses = [logs["loss/label"] for logs in trainer.state.log_history if "loss/label" in logs]
