@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from transformers import TrainingArguments, default_data_collator
 
 from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, SelfDistillationTrainer, get_method
 from hf_selfkd.evaluation import to_table
-from hf_selfkd.functional import add, cross_entropy
+from hf_selfkd.functional import add, counted_over_processes, cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -69,7 +70,7 @@ def total(method, model: nn.Module, output: MultiExitOutput, labels: Tensor) -> 
     """Add up the terms as the trainer does."""
     terms = method(output, labels, 0.0)
     if model.detach_exits:
-        terms["exits"] = add(cross_entropy(logits, labels) for logits in output.exit_logits[:-1])
+        terms["exits"] = cross_entropy(output.exit_logits[:-1], labels)
     return add(terms.values())
 
 
@@ -86,7 +87,7 @@ def candidates_of_step(workload: str, name: str) -> dict:
     images, labels = data(workload)
     bf16 = WORKLOADS[workload][3]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        given = model(images)
+        given = model(images, output_hidden_states=True)
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().requires_grad_()
@@ -203,15 +204,19 @@ def candidates_of_loss(name: str, classes: int, batch_size: int) -> dict:
     logits = [torch.randn(batch_size, classes).requires_grad_() for _ in range(4)]
     features = [torch.randn(batch_size, 128).requires_grad_() for _ in range(4)]
 
+    repeats = 2_000_000 // batch_size // classes + 1  # a single small loss is too short to time
+
     def run(loss) -> Tensor:
-        for tensor in (*logits, *features):
-            tensor.grad = None
-        value = loss()
-        value.backward()
+        for _ in range(repeats):
+            for tensor in (*logits, *features):
+                tensor.grad = None
+            value = loss()
+            value.backward()
         return value.detach()
 
+    output = MultiExitOutput(logits=logits[-1], exit_logits=tuple(logits), exit_features=tuple(features))
+
     def ours() -> Tensor:
-        output = MultiExitOutput(logits=logits[-1], exit_logits=tuple(logits), exit_features=tuple(features))
         output.scaffold = None if scaffold is None else scaffold(None, output)
         return add(method(output, labels, 0.0).values())
 
@@ -359,7 +364,7 @@ def candidates_of_pipeline(arguments, timms: Dataset) -> tuple[dict, int]:
 
 
 def communication(rounds: int, dataset: str | None) -> list[dict]:
-    """Bytes that two processes reduce in a step, over the bytes of the gradients of all parameters that train."""
+    """Bytes that two processes reduce in a step: of gradients, over those of all parameters that train, and beside."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(count_traffic, (folder,), nprocs=2)
         rows = json.loads((Path(folder) / "rows.json").read_text())
@@ -370,6 +375,7 @@ def communication(rounds: int, dataset: str | None) -> list[dict]:
 
 def count_traffic(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    all_reduce = dist.all_reduce
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     rows = []
     workload = "narrow ResNet, 32 px, bf16"
@@ -377,16 +383,22 @@ def count_traffic(rank: int, folder: str) -> None:
         model, method = create(workload, name)
         images, labels = data(workload)
         parallel = nn.parallel.DistributedDataParallel(model)
-        reduced = []
+        reduced, beside = [], []
 
         def hook(state, bucket, reduced=reduced):
             reduced.append(bucket.buffer().nbytes)
-            return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+            return all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+        def counted(tensor, *args, beside=beside, **kwargs):
+            beside.append(tensor.nbytes)
+            return all_reduce(tensor, *args, **kwargs)
 
         parallel.register_comm_hook(None, hook)
         for _ in range(2):  # buckets are made anew after the first step
-            reduced.clear()
-            total(method, model, parallel(images[:16]), labels[:16]).backward()
+            reduced.clear(), beside.clear()
+            with mock.patch.object(dist, "all_reduce", counted), counted_over_processes():
+                loss = total(method, model, parallel(images[:16]), labels[:16])
+            loss.backward()
         gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         rows.append(
             {
@@ -394,6 +406,7 @@ def count_traffic(rank: int, folder: str) -> None:
                 "reduced (MB)": sum(reduced) / 1e6,
                 "gradients (MB)": gradients / 1e6,
                 "ratio": sum(reduced) / gradients,
+                "counts of labels (bytes)": sum(beside),
             }
         )
     if rank == 0:

@@ -1,9 +1,9 @@
 """Exit-Ensemble Distillation: the mean of all exits teaches every exit, the deepest included."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..functional import add, cross_entropy, mse, soften_kl
@@ -43,8 +43,8 @@ class EED(Method):
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
         """Return ``label``, ``logit`` and ``feature``, each added up over all exits (section 3)."""
-        ensemble_logits = output.ensemble_logits
-        ensemble_features = torch.stack(output.exit_features).mean(dim=0)
+        ensemble_logits = _mean(output.exit_logits)
+        ensemble_features = _mean(output.exit_features)
         label = cross_entropy(output.exit_logits, labels)
         if self.output_loss == "mse":
             weight = 1.0 if self.output_weight is None else self.output_weight
@@ -54,3 +54,8 @@ class EED(Method):
             logit = weight * soften_kl(output.exit_logits, ensemble_logits, self.temperature)
         feature = self.feature_weight * add(mse(features, ensemble_features) for features in output.exit_features)
         return {"label": label, "logit": logit, "feature": feature}
+
+
+def _mean(exits: Sequence[Tensor]) -> Tensor:
+    # Not the mean of a stack: that would copy all of them first.
+    return add(tensor.detach().float() for tensor in exits) / len(exits)
