@@ -145,7 +145,7 @@ def disk(folder: Path, trials: int) -> list[dict]:
             limit = (whole / f"checkpoint-{NUM_STEPS}" / name).stat().st_size - 1
             run = Run(place, **options, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)))
             stopped = run.wait() != 0
-            words = re.search("checkpoint-.* could not be written to .*: .*File too large", run.printed)
+            words = re.search("checkpoint-.* could not be written to .* there must be room for one more", run.printed)
             lost = missing(status=stopped, error=words, checkpoint=before == contents(place))
             finish(place, **options)
             results.append(lost + differences(place, reference) + leftovers(place))

@@ -446,10 +446,32 @@ PARTS = {
 }
 
 
+def summarise(results: dict) -> list[dict]:
+    """Return what the README shows: three ratios that should be 1, and what the method itself costs."""
+    rows = []
+    for step in results["steps"]["rows"]:
+        same = {"workload": step["workload"], "method": step["method"]}
+        (loop,) = (row for row in results["loops"]["rows"] if row.items() >= same.items())
+        (memory,) = (row for row in results["memory"]["rows"] if row.items() >= same.items())
+        rows.append(
+            same
+            | {
+                "step over its parts": f"{step['over its parts (cpu)']:.2f}",
+                "trainer over bare loop": f"{loop['trainer over loop (cpu)']:.2f}",
+                "memory over its parts": f"{memory['over its parts']:.2f}",
+                "multiply-adds over plain timm": f"{step['multiply-adds over plain timm']:.2f}",
+                "time over plain timm": f"{step['over plain timm (cpu)']:.2f}",
+            }
+        )
+    return rows
+
+
 def write(path: Path, results: dict) -> None:
     """Write the results, and a Markdown table of them beside."""
     path.write_text(json.dumps(results, indent=1) + "\n")
     sections = ["Written by `benchmarks/training.py`."]
+    if {"steps", "loops", "memory"} <= results.keys():
+        sections.append(f"## Summary\n\n{to_table(summarise(results))}")
     for part, measure in PARTS.items():
         if part in results:
             about = ", ".join(f"{key}: {value}" for key, value in results[part]["about"].items())

@@ -8,7 +8,7 @@ gets right) are over those of the micro-batch; under :func:`counted_over_process
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import combinations
@@ -178,6 +178,14 @@ def add(terms: Iterable[Tensor]) -> Tensor:
     """Sum tensors into one; none of them gives a 0 tensor, so that a term is always a tensor."""
     terms = list(terms)
     return reduce(torch.add, terms) if terms else torch.zeros(())
+
+
+def weigh(weight: float, term: Callable[[], Tensor]) -> Tensor:
+    """Multiply a term by its weight; where that is 0 the term is not computed, and the result a 0 tensor.
+
+    Not for a term that a parameter gets its only gradient from.
+    """
+    return weight * term() if weight else torch.zeros(())
 
 
 def hash_projection(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

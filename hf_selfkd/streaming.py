@@ -80,6 +80,8 @@ class SeededStream(IterableDataset):
         stream.share = share
         stream._seeded = SeededDataset(_CurrentRow(self.transform), seed, num_labels, name, ignore_index)
         stream.epoch = stream._seeded.epoch
+        if share is not None:
+            stream._seeded.share_epoch()
         return stream
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

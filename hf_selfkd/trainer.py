@@ -269,6 +269,7 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
                 dataset, self.args.seed, config.num_labels, description.lower(), config.semantic_loss_ignore_index
             )
             if kwargs.get("is_training"):
+                dataset.share_epoch()
                 self._seeded_dataset = dataset
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 

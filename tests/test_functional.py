@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_selfkd.functional import add, cross_entropy, mse, smooth_labels, soften_kl
+from hf_selfkd.functional import add, cross_entropy, mse, smooth_labels, soften_kl, weigh
 
 
 def softmax(row):
@@ -121,3 +121,26 @@ def test_smooth_labels():
 def test_add_is_a_tensor_also_for_no_terms():
     assert torch.equal(add([]), torch.zeros(()))
     assert add([torch.tensor(1.0), torch.tensor(2.0)]).item() == 3
+
+
+def test_several_logits_are_added_up_for_labels_of_every_kind():
+    several = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
+    teacher = torch.randn(4, 3)
+    labels = torch.tensor([0, 2, -100, 1])
+    for targets in (labels, smooth_labels(labels, 3, 0.1)):
+        expected = sum(cross_entropy(logits, targets) for logits in several)
+        torch.testing.assert_close(cross_entropy(several, targets), expected)
+    expected = sum(soften_kl(logits, teacher, 3.0) for logits in several)
+    torch.testing.assert_close(soften_kl(several, teacher, 3.0), expected)
+    dense = [torch.randn(2, 3, size, size) for size in (2, 4)]  # interpolated each on its own
+    maps = torch.tensor([0, 2, -100, 1]).repeat(2, 4, 1)
+    expected = sum(cross_entropy(logits, maps) for logits in dense)
+    torch.testing.assert_close(cross_entropy(dense, maps), expected)
+    assert cross_entropy([], labels).item() == 0
+    with pytest.raises(ValueError, match=r"labels must be class indices shaped \(5,\)"):
+        cross_entropy([several[0], torch.randn(5, 3)], labels)
+
+
+def test_a_term_of_weight_0_is_not_computed():
+    assert weigh(0.0, lambda: 1 / 0).item() == 0
+    assert weigh(0.5, lambda: torch.tensor(3.0)).item() == 1.5

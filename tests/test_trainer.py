@@ -3,6 +3,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -119,6 +120,15 @@ def test_evaluation_gathers_three_numbers_per_exit_and_image(build, images, trai
     trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions) or {}
     trainer.evaluate()
     assert seen[0].shape == (20, 5, 3)
+
+
+def test_evaluations_leave_no_file_open(build, train):
+    trainer = train(build(), max_steps=1)
+    trainer.evaluate()
+    before = psutil.Process().num_fds()
+    for _ in range(3):
+        trainer.evaluate()
+    assert psutil.Process().num_fds() == before
 
 
 def test_own_metrics_see_all_logits(build, images, train):

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..bifpn import BiFPN, PyramidHead, SegmentationPyramid, deepest_resolutions
-from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl
+from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl, weigh
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
 
@@ -161,8 +161,8 @@ class FRSKD(Method):
         return {
             "label": cross_entropy(logits, labels),
             "teacher": cross_entropy(teacher_logits, labels),
-            "logit": ramp * alpha * soften_kl(logits, teacher_logits, temperature, mask),
-            "attention": ramp * beta * add(attention_loss(student, teacher) for student, teacher in maps),
+            "logit": weigh(ramp * alpha, lambda: soften_kl(logits, teacher_logits, temperature, mask)),
+            "attention": weigh(ramp * beta, lambda: add(attention_loss(*pair) for pair in maps)),
         }
 
 
