@@ -8,6 +8,7 @@ Each part replaces its own entry in the JSON file of results, from which the Mar
 
 import argparse
 import copy
+import gc
 import json
 import os
 import platform
@@ -229,6 +230,8 @@ def candidates_of_loss(name: str, classes: int, batch_size: int) -> dict:
 def loops(rounds: int, dataset: str | None) -> list[dict]:
     """The trainer over a bare PyTorch loop of the same network, loader and published loss."""
     rows = []
+    gc.collect()
+    gc.freeze()  # Accelerate collects garbage once a run, which would count too much in runs of a few steps
     for workload in WORKLOADS:
         cases = [("none", {"exits": []}, "none without exits"), *((name, {}, name) for name in METHODS)]
         for name, config, title in cases:
@@ -241,7 +244,7 @@ def loops(rounds: int, dataset: str | None) -> list[dict]:
     return rows
 
 
-def candidates_of_loop(workload: str, name: str, config: dict, num_steps: int = 20) -> dict:
+def candidates_of_loop(workload: str, name: str, config: dict, num_steps: int = 10) -> dict:
     _, side, batch_size, bf16 = WORKLOADS[workload]
     model, _ = create(workload, name, **config)
     model.scaffold = None  # the trainer gives it its own

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -208,6 +209,11 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model, grad_norm=None):
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if grad_norm is None and self.accelerator.distributed_type in plain and self.accelerator.scaler is None:
+            # The Trainer would clip to infinity, which multiplies all gradients by 1.
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            grad_norm = torch.nn.utils.get_total_norm(gradients)
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:  # else a gradient that overflows is a search for the scale
             is_sharded = isinstance(grad_norm, DTensor)
