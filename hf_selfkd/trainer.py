@@ -11,14 +11,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
-from transformers.trainer_utils import PredictionOutput, SaveStrategy, TrainOutput, has_length
+from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 
 from .averaging import WeightAverage
 from .card_trainer import CardTrainer
 from .functional import add, counted_over_processes, cross_entropy, smooth_labels
 from .hub_trainer import HubTrainer
 from .methods import Method, get_method
-from .metrics import compute_exit_metrics, reduce_to_exit_metrics
+from .metrics_trainer import MetricsTrainer
 from .outputs import MultiExitOutput
 from .preparation import Preparation
 from .resuming import ResumableTrainer
@@ -27,7 +27,7 @@ from .seeding import INDICES, IndexedCollator, SeededDataset, drawn_under
 from .streaming import SeededStream, StreamingTrainer
 
 
-class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, CardTrainer):
+class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, CardTrainer, MetricsTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Everything that :class:`transformers.Trainer` takes and does stays as it is. Each term of the method is logged as
@@ -109,14 +109,6 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
         args.enable_jit_checkpoint = False  # saves within a step, from where no run goes on exactly
         if model is not None:
             self._attach_method(model, args)
-        self._reduces_answers = False
-        if compute_metrics is None:
-            if args.batch_eval_metrics:
-                raise ValueError(
-                    "batch_eval_metrics needs your own compute_metrics. Leave it out: ours needs no logits."
-                )
-            compute_metrics = compute_exit_metrics
-            self._reduces_answers = "preprocess_logits_for_metrics" not in kwargs
         super().__init__(model=model, args=args, compute_metrics=compute_metrics, card=card, **kwargs)
         self.average = None if ema_decay is None else WeightAverage(ema_decay)
         self.add_callback(Preparation(self))
@@ -289,20 +281,3 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
         self._synchronise_batch_norm()
         with self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext():
             return super().evaluation_loop(*args, **kwargs)
-
-    def predict(self, *args, **kwargs) -> PredictionOutput:
-        """Predict; ``predictions`` holds the logits, and a tuple with those of every exit."""
-        reduces, self._reduces_answers = self._reduces_answers, False
-        try:
-            return super().predict(*args, **kwargs)
-        finally:
-            self._reduces_answers = reduces
-
-    def prediction_step(self, *args, **kwargs):
-        """Reduce answers to what the metrics need before they, and maps of labels, are gathered and kept."""
-        loss, logits, labels = super().prediction_step(*args, **kwargs)
-        if self._reduces_answers and logits is not None and labels is not None:
-            logits = reduce_to_exit_metrics(logits, labels)
-            if labels.dim() == 3:
-                labels = labels[:, :1, :1]  # says that they were maps, which nobody reads any more
-        return loss, logits, labels
