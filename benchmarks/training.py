@@ -75,6 +75,10 @@ def total(method, model: nn.Module, output: MultiExitOutput, labels: Tensor) -> 
     return add(terms.values())
 
 
+def answer_and_add(method, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return total(method, model, model(images), labels)
+
+
 def step(model: nn.Module, loss, bf16: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         value = loss()
@@ -124,7 +128,7 @@ def candidates_of_step(workload: str, name: str) -> dict:
         forget()
 
     return {
-        "method": partial(step, model, lambda: total(method, model, model(images), labels), bf16),
+        "method": partial(step, model, partial(answer_and_add, method, model, images, labels), bf16),
         "plain": partial(step, plain, lambda: F.cross_entropy(plain(images), labels), bf16),
         "alone": run_alone,
     }
@@ -151,6 +155,26 @@ def count(candidate) -> int:
     with FlopCounterMode(display=False) as counter:
         candidate()
     return counter.get_total_flops()
+
+
+def formats(rounds: int, dataset: str | None) -> list[dict]:
+    """A step of deep supervision in bfloat16 and in channels_last, over float32 in the default layout."""
+    rows = []
+    for workload in WORKLOADS:
+        candidates = {}
+        for layout in ("contiguous_format", "channels_last"):
+            model, method = create(workload, "deep_supervision")
+            images, labels = data(workload)
+            model, images = (thing.to(memory_format=getattr(torch, layout)) for thing in (model, images))
+            for dtype in ("float32", "bfloat16"):
+                loss = partial(answer_and_add, method, model, images, labels)
+                candidates[f"{layout}, {dtype}"] = partial(step, model, loss, dtype == "bfloat16")
+        times = time_in_turn(candidates, rounds)
+        plain, *others = candidates
+        row = {"workload": workload.rpartition(",")[0]}
+        rows.append(row | {f"{name} (cpu)": ratio(times, [(1, name)], plain, "cpu") for name in others})
+        print(rows[-1], flush=True)
+    return rows
 
 
 def memory(rounds: int, dataset: str | None) -> list[dict]:
@@ -440,6 +464,7 @@ def startup(rounds: int, dataset: str | None) -> list[dict]:
 
 PARTS = {
     "steps": steps,
+    "formats": formats,
     "memory": memory,
     "losses": losses,
     "loops": loops,
@@ -450,23 +475,22 @@ PARTS = {
 
 
 def summarise(results: dict) -> list[dict]:
-    """Return what the README shows: three ratios that should be 1, and what the method itself costs."""
-    rows = []
-    for step in results["steps"]["rows"]:
-        same = {"workload": step["workload"], "method": step["method"]}
-        (loop,) = (row for row in results["loops"]["rows"] if row.items() >= same.items())
-        (memory,) = (row for row in results["memory"]["rows"] if row.items() >= same.items())
-        rows.append(
-            same
-            | {
-                "step over its parts": f"{step['over its parts (cpu)']:.2f}",
-                "trainer over bare loop": f"{loop['trainer over loop (cpu)']:.2f}",
-                "memory over its parts": f"{memory['over its parts']:.2f}",
-                "multiply-adds over plain timm": f"{step['multiply-adds over plain timm']:.2f}",
-                "time over plain timm": f"{step['over plain timm (cpu)']:.2f}",
-            }
-        )
-    return rows
+    """Return what the README shows: per method, and for each workload, three ratios that should be 1 and its price."""
+    columns = {
+        "step over its parts": ("steps", "over its parts (cpu)"),
+        "trainer over bare loop": ("loops", "trainer over loop (cpu)"),
+        "memory over its parts": ("memory", "over its parts"),
+        "multiply-adds over plain timm": ("steps", "multiply-adds over plain timm"),
+        "time over plain timm": ("steps", "over plain timm (cpu)"),
+    }
+
+    def cell(method: str, part: str, column: str) -> str:
+        found = {row["workload"]: row[column] for row in results[part]["rows"] if row["method"] == method}
+        return " / ".join(f"{found[workload]:.2f}" for workload in WORKLOADS)
+
+    return [
+        {"method": method} | {title: cell(method, *where) for title, where in columns.items()} for method in METHODS
+    ]
 
 
 def write(path: Path, results: dict) -> None:

@@ -8,7 +8,7 @@ gets right) are over those of the micro-batch; under :func:`counted_over_process
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import combinations
@@ -60,29 +60,31 @@ def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     Raises:
         ValueError: If ``labels`` has neither of these shapes.
     """
-    students = [_at_size_of(labels, student.float()) for student in _several(logits)]
     is_soft = labels.is_floating_point()
-    for student in students:
-        indices_shape = student.shape[:1] + student.shape[2:]
-        if labels.shape != (student.shape if is_soft else indices_shape):
-            raise ValueError(
-                f"labels must be class indices shaped {tuple(indices_shape)} or class probabilities shaped "
-                f"{tuple(student.shape)}, but got {labels.dtype} labels shaped {tuple(labels.shape)}."
-            )
     labels = labels.float() if is_soft else labels.long()
-    if labels.dim() == 3:
-        pixels = add(F.cross_entropy(student, labels, ignore_index=-100, reduction="none") for student in students)
-        return _pixel_mean(pixels, labels != -100)
-    total = add(F.cross_entropy(student, labels, ignore_index=-100, reduction="sum") for student in students)
-    return total / _number(labels.sum(dim=1) > 0 if is_soft else labels != -100)
+    is_map = labels.dim() == 3
+    # One after the other, so that only one student's logits are held at the size of the labels.
+    loss = add(_cross_entropy(student, labels, "none" if is_map else "sum") for student in _several(logits))
+    if is_map:
+        return _pixel_mean(loss, labels != -100)
+    return loss / _number(labels.sum(dim=1) > 0 if is_soft else labels != -100)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    logits = logits.float()
+    if logits.dim() == 4:
+        logits = resize_logits(logits, labels.shape[-2:])
+    indices_shape = logits.shape[:1] + logits.shape[2:]
+    if labels.shape != (logits.shape if labels.is_floating_point() else indices_shape):
+        raise ValueError(
+            f"labels must be class indices shaped {tuple(indices_shape)} or class probabilities shaped "
+            f"{tuple(logits.shape)}, but got {labels.dtype} labels shaped {tuple(labels.shape)}."
+        )
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
 
 
 def _several(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return [logits] if isinstance(logits, Tensor) else logits
-
-
-def _at_size_of(labels: Tensor, logits: Tensor) -> Tensor:
-    return resize_logits(logits, labels.shape[-2:]) if logits.dim() == 4 else logits
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -178,14 +180,6 @@ def add(terms: Iterable[Tensor]) -> Tensor:
     """Sum tensors into one; none of them gives a 0 tensor, so that a term is always a tensor."""
     terms = list(terms)
     return reduce(torch.add, terms) if terms else torch.zeros(())
-
-
-def weigh(weight: float, term: Callable[[], Tensor]) -> Tensor:
-    """Multiply a term by its weight; where that is 0 the term is not computed, and the result a 0 tensor.
-
-    Not for a term that a parameter gets its only gradient from.
-    """
-    return weight * term() if weight else torch.zeros(())
 
 
 def hash_projection(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

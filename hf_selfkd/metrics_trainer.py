@@ -37,7 +37,10 @@ class MetricsTrainer(Trainer):
         return loss, logits, labels
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
-        """Predict; ``predictions`` holds the logits, and a tuple with those of every exit."""
+        """Predict; ``predictions`` holds the logits, and a tuple with those of every exit.
+
+        With ``preprocess_logits_for_metrics`` it holds what that makes of them.
+        """
         reduces, self._reduces_answers = self._reduces_answers, False
         try:
             return super().predict(*args, **kwargs)

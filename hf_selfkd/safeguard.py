@@ -123,8 +123,7 @@ class Safeguard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         """Stop, or leave the step out, if a number is not finite."""
-        terms = [term for terms, _ in self._batches for term in terms.values()]
-        numbers = [term.to(args.device).float() for term in terms]  # a term that was not computed is on the CPU
+        numbers = [term.float() for terms, _ in self._batches for term in terms.values()]
         if self.grad_norm is not None:
             numbers.append(torch.as_tensor(self.grad_norm, device=args.device).float())
         is_bad = ~torch.stack(numbers).isfinite().all()

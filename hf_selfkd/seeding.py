@@ -66,7 +66,7 @@ class SeededDataset(Dataset):
         self.num_labels = num_labels
         self.void = (-100, ignore_index)
         self.name = name
-        self.epoch = torch.zeros((), dtype=torch.long)
+        self.epoch: int | Tensor = 0
         self._outlives_sigterm = False
 
     def share_epoch(self) -> None:
@@ -75,7 +75,7 @@ class SeededDataset(Dataset):
         For training only: it holds a file open, and Accelerate never drops a loader, so that each evaluation would add
         one.
         """
-        self.epoch.share_memory_()
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)

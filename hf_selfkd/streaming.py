@@ -79,9 +79,9 @@ class SeededStream(IterableDataset):
         stream = copy.copy(self)
         stream.share = share
         stream._seeded = SeededDataset(_CurrentRow(self.transform), seed, num_labels, name, ignore_index)
-        stream.epoch = stream._seeded.epoch
         if share is not None:
             stream._seeded.share_epoch()
+        stream.epoch = stream._seeded.epoch
         return stream
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_selfkd.functional import add, cross_entropy, mse, smooth_labels, soften_kl, weigh
+from hf_selfkd.functional import add, cross_entropy, mse, smooth_labels, soften_kl
 
 
 def softmax(row):
@@ -139,8 +139,3 @@ def test_several_logits_are_added_up_for_labels_of_every_kind():
     assert cross_entropy([], labels).item() == 0
     with pytest.raises(ValueError, match=r"labels must be class indices shaped \(5,\)"):
         cross_entropy([several[0], torch.randn(5, 3)], labels)
-
-
-def test_a_term_of_weight_0_is_not_computed():
-    assert weigh(0.0, lambda: 1 / 0).item() == 0
-    assert weigh(0.5, lambda: torch.tensor(3.0)).item() == 1.5

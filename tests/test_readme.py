@@ -65,6 +65,12 @@ def test_tables_are_what_was_measured():
     for table in ("accuracy/table.md", "segmentation/table.md"):
         for line in (RESULTS / table).read_text().splitlines():
             assert line in README, table
+    _, found, summary = (RESULTS / "training.md").read_text().partition("## Summary\n\n")
+    assert found
+    for line in summary.partition("\n\n")[0].splitlines():
+        assert line in README
+    formats = json.loads((RESULTS / "training.json").read_text())["formats"]["rows"]
+    assert all(0.5 < row["channels_last, bfloat16 (cpu)"] < 0.65 for row in formats)  # little more than half
     rows = json.loads((RESULTS / "early_exit.json").read_text())["batch"]["rows"]
     speed_up = {row["against"]: row["speed-up (wall)"] for row in rows if row["threads"] == 1}
     text = " ".join(README.split())

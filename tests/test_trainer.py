@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import v2
 
@@ -142,6 +144,12 @@ def test_own_metrics_see_all_logits(build, images, train):
     assert [array.shape for array in exit_logits] == [(20, 5)] * 4
 
 
+def test_predict_returns_what_own_preprocessing_makes_of_the_logits(build, images, train):
+    options = {"preprocess_logits_for_metrics": lambda logits, labels: logits[0], "compute_metrics": lambda _: {}}
+    prediction = train(build(), max_steps=1, trainer_kwargs=options).predict(images)
+    assert prediction.predictions.shape == (20, 5)
+
+
 def test_predict_returns_all_logits_and_the_metrics(build, images, train):
     trainer = train(build(), max_steps=1)
     prediction = trainer.predict(images)
@@ -185,6 +193,7 @@ def test_augmentation_differs_between_epochs_and_images(images):
     assert random.getstate() == state[1]
     noise = first - images[0]["pixel_values"]
     assert not torch.allclose(dataset[1]["pixel_values"] - images[1]["pixel_values"], noise)
+    dataset.share_epoch()
     dataset.epoch.fill_(1)
     assert not torch.allclose(dataset[0]["pixel_values"], first)
 
@@ -387,6 +396,16 @@ def test_maps_are_not_copied_for_a_method_that_reads_none(build, batch, train):
         _, output = trainer.compute_loss(trainer.model_wrapped, batch, return_outputs=True)
         returned.append((output.exit_maps, output.stage_outputs))
     assert returned == 3 * [(None, None)]
+
+
+@pytest.mark.parametrize("name", ["frskd", "kd"])
+def test_compiled_training_is_the_same_and_compiles_once(build, train, name):
+    teacher = {"teacher": timm.create_model("test_resnet", num_classes=5)} if name == "kd" else {}
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = train(build(), get_method(name, **teacher), torch_compile=True, torch_compile_backend="eager")
+    assert counters["stats"]["unique_graphs"] == 1
+    assert losses(compiled) == pytest.approx(losses(train(build(), get_method(name, **teacher))), rel=1e-4)
 
 
 def test_bf16_training(build, train):

@@ -26,7 +26,8 @@ class Method:
             learns as without them. The trainer adds their label loss as the term ``exits``. A property where it
             depends on a hyper-parameter.
         reads_maps: Whether the loss itself reads ``output.exit_maps`` or ``output.stage_outputs``. Where it does not,
-            they are left out behind the scaffold, because mixed precision copies everything that a model returns.
+            they are left out behind the scaffold, because mixed precision copies everything that a model returns. Not
+            inherited.
         min_exits: Exits the method needs, the deepest included.
         tasks: Which models it can train, by their ``task``.
     """
@@ -40,6 +41,8 @@ class Method:
 
     def __init_subclass__(cls, *, registered: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "reads_maps" not in vars(cls):
+            cls.reads_maps = True  # not inherited: a method that adds to another may read them
         if not registered:
             return
         taken_by = _METHODS.get(cls.name, cls)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..functional import add, cross_entropy, mse, soften_kl, weigh
+from ..functional import add, cross_entropy, mse, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
 
@@ -43,9 +43,7 @@ class BYOT(Method):
         """
         *shallow_logits, deep_logits = output.exit_logits
         *shallow_features, deep_features = output.exit_features
-        label = cross_entropy(deep_logits, labels) + weigh(
-            1 - self.alpha, lambda: cross_entropy(shallow_logits, labels)
-        )
-        logit = weigh(self.alpha, lambda: soften_kl(shallow_logits, deep_logits, self.temperature))
-        hint = weigh(self.hint_weight, lambda: add(mse(features, deep_features) for features in shallow_features))
+        label = cross_entropy(deep_logits, labels) + (1 - self.alpha) * cross_entropy(shallow_logits, labels)
+        logit = self.alpha * soften_kl(shallow_logits, deep_logits, self.temperature)
+        hint = self.hint_weight * add(mse(features, deep_features) for features in shallow_features)
         return {"label": label, "logit": logit, "hint": hint}

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..functional import add, cross_entropy, mse, soften_kl, weigh
+from ..functional import add, cross_entropy, mse, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
 
@@ -48,13 +48,11 @@ class EED(Method):
         label = cross_entropy(output.exit_logits, labels)
         if self.output_loss == "mse":
             weight = 1.0 if self.output_weight is None else self.output_weight
-            logit = weigh(weight, lambda: add(mse(logits, ensemble_logits) for logits in output.exit_logits))
+            logit = weight * add(mse(logits, ensemble_logits) for logits in output.exit_logits)
         else:
             weight = 0.1 if self.output_weight is None else self.output_weight
-            logit = weigh(weight, lambda: soften_kl(output.exit_logits, ensemble_logits, self.temperature))
-        feature = weigh(
-            self.feature_weight, lambda: add(mse(features, ensemble_features) for features in output.exit_features)
-        )
+            logit = weight * soften_kl(output.exit_logits, ensemble_logits, self.temperature)
+        feature = self.feature_weight * add(mse(features, ensemble_features) for features in output.exit_features)
         return {"label": label, "logit": logit, "feature": feature}
 
 

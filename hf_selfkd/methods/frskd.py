@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from math import floor
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..bifpn import BiFPN, PyramidHead, SegmentationPyramid, deepest_resolutions
-from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl, weigh
+from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
 
@@ -157,12 +158,14 @@ class FRSKD(Method):
             teacher_logits = resize_logits(teacher_logits.float(), labels.shape[-2:])
             mask = labels != -100 if self.mask_void else None
         ramp = 1.0 if ramp_start is None else _ramp(epoch, ramp_start, ramp_end)
+        terms = {"label": cross_entropy(logits, labels), "teacher": cross_entropy(teacher_logits, labels)}
+        if ramp == 0:  # no parameter depends on the other two alone, and of large maps they would cost much
+            nothing = logits.new_zeros((), dtype=torch.float32)
+            return terms | {"logit": nothing, "attention": nothing}
         maps = zip(output.scaffold["student_maps"], output.scaffold["teacher_maps"], strict=True)
-        return {
-            "label": cross_entropy(logits, labels),
-            "teacher": cross_entropy(teacher_logits, labels),
-            "logit": weigh(ramp * alpha, lambda: soften_kl(logits, teacher_logits, temperature, mask)),
-            "attention": weigh(ramp * beta, lambda: add(attention_loss(*pair) for pair in maps)),
+        return terms | {
+            "logit": ramp * alpha * soften_kl(logits, teacher_logits, temperature, mask),
+            "attention": ramp * beta * add(attention_loss(*pair) for pair in maps),
         }
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import cross_entropy, soften_kl, weigh
+from ..functional import cross_entropy, soften_kl
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
 from .teacher import Teacher, missing_scaffold
@@ -54,6 +54,6 @@ class KD(Method):
         if output.scaffold is None:
             raise missing_scaffold(self, "its teacher's answer")
         teacher_logits = output.scaffold["teacher_logits"]
-        label = weigh(1 - self.alpha, lambda: cross_entropy(output.exit_logits, labels))
-        logit = weigh(self.alpha, lambda: soften_kl(output.exit_logits, teacher_logits, self.temperature))
+        label = (1 - self.alpha) * cross_entropy(output.exit_logits, labels)
+        logit = self.alpha * soften_kl(output.exit_logits, teacher_logits, self.temperature)
         return {"label": label, "logit": logit}

@@ -17,7 +17,6 @@ from ..functional import (
     masked_mean,
     median_bias,
     squared_error,
-    weigh,
 )
 from ..outputs import MultiExitOutput
 from .base import Method, check_range
@@ -137,8 +136,8 @@ class LSH(Method):
         bits = [hash_loss(projection, target) for projection in output.scaffold["student_projections"]]
         return {
             "label": cross_entropy(label_logits, labels),
-            "feature": weigh(self.mimic_weight, lambda: masked_mean(add(errors), mask)),
-            "hash": weigh(self.mimic_weight, lambda: masked_mean(add(bits), mask)),
+            "feature": self.mimic_weight * masked_mean(add(errors), mask),
+            "hash": self.mimic_weight * masked_mean(add(bits), mask),
         }
 
 

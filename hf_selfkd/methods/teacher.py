@@ -14,9 +14,15 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..outputs import MultiExitOutput
 
+
 # What enters the classifier of the teacher that is running in this thread. Not on the teacher: that would break
 # pickle and let two threads see each other's images.
-_active = threading.local()
+class _Active(threading.local):
+    def __init__(self):  # called in every thread; without a value torch.compile would compile twice
+        self.features: list[Tensor] | None = None
+
+
+_active = _Active()
 
 
 class Teacher(nn.Module):
@@ -74,7 +80,7 @@ class Teacher(nn.Module):
     def answer(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Return ``teacher_logits`` ``(batch, classes)`` and, if wanted, ``teacher_features`` ``(batch, width)``."""
         pixel_values = pixel_values.to(next(self.network.parameters()).dtype)
-        previous, _active.features = getattr(_active, "features", None), []
+        previous, _active.features = _active.features, []
         try:
             output = self.network(pixel_values)
             features = _active.features
@@ -95,9 +101,8 @@ class Teacher(nn.Module):
 
 
 def _report(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    features = getattr(_active, "features", None)
-    if features is not None:
-        features.append(args[0])
+    if _active.features is not None:
+        _active.features.append(args[0])
 
 
 def _load(name: str) -> nn.Module:

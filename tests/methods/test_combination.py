@@ -70,6 +70,18 @@ def test_demands_of_the_parts(build, name, settings, detach_exits, min_exits):
             method.check(build(exits=[]))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("none+byot", {"byot": {"alpha": 0.0}}), ("frskd+eed", {"eed": {"output_weight": 0.0}})]
+)
+def test_every_parameter_gets_a_gradient_where_a_weight_is_0(build, batch, name, settings):
+    """Several processes wait for each of them."""
+    model, method = build().train(), get_method(name, **settings)
+    model.detach_exits, model.scaffold = method.detach_exits, method.scaffold(model)
+    terms = method(model(batch["pixel_values"]), batch["labels"], 0.0)
+    sum(terms.values()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 def test_maps_are_returned_if_one_method_reads_them():
     class Reader(Method, registered=False):
         name = "reader"
