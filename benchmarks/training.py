@@ -9,6 +9,7 @@ Each part replaces its own entry in the JSON file of results, from which the Mar
 import argparse
 import copy
 import gc
+import inspect
 import json
 import os
 import platform
@@ -178,17 +179,44 @@ def formats(rounds: int, dataset: str | None) -> list[dict]:
 
 
 def memory(rounds: int, dataset: str | None) -> list[dict]:
-    """Peak of what a step allocates, over the sum of the peaks of plain timm's step and of its own parts alone."""
+    """Peak of what a step allocates, over plain timm's peak plus what the method adds to save and to learn.
+
+    That is: the distinct tensors that its graph keeps for the backward pass beyond plain timm's, and the gradients of
+    its own parameters.
+    """
     rows = []
     for workload in WORKLOADS:
         for name in METHODS:
-            peaks = {key: peak(candidate) for key, candidate in candidates_of_step(workload, name).items()}
-            row = {"workload": workload, "method": name}
-            row |= {f"{key} (MB)": peaks[key] / 1e6 for key in peaks}
-            row["over its parts"] = peaks["method"] / (peaks["plain"] + peaks["alone"])
+            candidates = candidates_of_step(workload, name)
+            plain, method = candidates["plain"], candidates["method"]
+            row = {
+                "workload": workload,
+                "method": name,
+                "plain (MB)": peak(plain) / 1e6,
+                "method (MB)": peak(method) / 1e6,
+            }
+            model = method.args[0]
+            own = [p for name, p in model.named_parameters() if not name.startswith("backbone.") and p.requires_grad]
+            added = saved(method) - saved(plain) + sum(parameter.nbytes for parameter in own)
+            row["implied (MB)"] = row["plain (MB)"] + added / 1e6
+            row["over implied"] = row["method (MB)"] / row["implied (MB)"]
             rows.append(row)
             print(row, flush=True)
     return rows
+
+
+def saved(candidate) -> int:
+    """Return the bytes of distinct tensors that a step keeps for its backward pass, parameters included."""
+    sizes = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        candidate()
+    return sum(sizes.values())
 
 
 def peak(candidate) -> int:
@@ -252,10 +280,14 @@ def candidates_of_loss(name: str, classes: int, batch_size: int) -> dict:
 
 
 def loops(rounds: int, dataset: str | None) -> list[dict]:
-    """The trainer over a bare PyTorch loop of the same network, loader and published loss."""
+    """The trainer over a bare PyTorch loop of the same network, loader and published loss.
+
+    Runs are of ten steps. What is alive before them is kept from Python's garbage collector, because Accelerate runs
+    it once in each.
+    """
     rows = []
     gc.collect()
-    gc.freeze()  # Accelerate collects garbage once a run, which would count too much in runs of a few steps
+    gc.freeze()
     for workload in WORKLOADS:
         cases = [("none", {"exits": []}, "none without exits"), *((name, {}, name) for name in METHODS)]
         for name, config, title in cases:
@@ -265,6 +297,7 @@ def loops(rounds: int, dataset: str | None) -> list[dict]:
                 row[f"trainer over loop ({clock})"] = ratio(times, [(1, "trainer")], "loop", clock)
             rows.append(row)
             print(row, flush=True)
+    gc.unfreeze()
     return rows
 
 
@@ -329,7 +362,7 @@ def pipeline(rounds: int, dataset: str | None) -> list[dict]:
     return rows
 
 
-def write_images(folder: Path, count: int = 600) -> None:
+def write_images(folder: Path, count: int = 1500) -> None:
     from torchvision.io import write_jpeg
 
     generator = torch.Generator().manual_seed(0)
@@ -341,7 +374,7 @@ def write_images(folder: Path, count: int = 600) -> None:
 
 
 def candidates_of_pipeline(arguments, timms: Dataset) -> tuple[dict, int]:
-    from data import Collator, LabelledImages, load_images, training_transform
+    from data import LabelledImages, load_images, training_transform
     from timm.data import create_loader
 
     splits, _ = load_images(arguments)
@@ -356,13 +389,14 @@ def candidates_of_pipeline(arguments, timms: Dataset) -> tuple[dict, int]:
     )
     model = MultiExitForImageClassification.from_backbone("test_resnet", num_labels=10)
     ours = LabelledImages(splits["train"], transform)
-    trainer = SelfDistillationTrainer(model, args, "none", train_dataset=ours, data_collator=Collator(config))
+    trainer = SelfDistillationTrainer(model, args, "none", train_dataset=ours)
     size = (3, arguments.image_size, arguments.image_size)
 
     def timms_loader(prefetches: bool):
         """Build timm's loader; with its prefetcher it normalises batches, else images."""
         images = copy.copy(timms)
-        images.transform = v2.Compose([transform, *([] if prefetches else Collator(config).normalise.transforms)])
+        normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+        images.transform = v2.Compose([transform, *([] if prefetches else normalise)])
         return create_loader(
             Subset(images, range(len(ours))),  # create_loader sets the transform of what it gets
             size,
@@ -384,7 +418,7 @@ def candidates_of_pipeline(arguments, timms: Dataset) -> tuple[dict, int]:
 
     def read(loader) -> None:
         for batch in loader:
-            images = batch["pixel_values"] if isinstance(batch, Mapping) else batch[0]
+            images = trainer._prepare_inputs(batch)["pixel_values"] if isinstance(batch, Mapping) else batch[0]
             assert images.shape[1:] == size and images.dtype == torch.float32
 
     return {name: partial(read, loader) for name, loader in loaders.items()}, len(ours)
@@ -479,7 +513,7 @@ def summarise(results: dict) -> list[dict]:
     columns = {
         "step over its parts": ("steps", "over its parts (cpu)"),
         "trainer over bare loop": ("loops", "trainer over loop (cpu)"),
-        "memory over its parts": ("memory", "over its parts"),
+        "memory over implied": ("memory", "over implied"),
         "multiply-adds over plain timm": ("steps", "multiply-adds over plain timm"),
         "time over plain timm": ("steps", "over plain timm (cpu)"),
     }
@@ -502,7 +536,7 @@ def write(path: Path, results: dict) -> None:
     for part, measure in PARTS.items():
         if part in results:
             about = ", ".join(f"{key}: {value}" for key, value in results[part]["about"].items())
-            sections.append(f"## {part}\n\n{measure.__doc__}\n\n{about}")
+            sections.append(f"## {part}\n\n{inspect.getdoc(measure)}\n\n{about}")
             sections.append(to_table(results[part]["rows"]))
     path.with_suffix(".md").write_text("\n\n".join(sections) + "\n")
 
@@ -526,6 +560,7 @@ def main():
             "cores": os.cpu_count(),
             "threads": options.threads,
             "rounds": options.rounds,
+            "malloc": " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("MALLOC_")),
             "load at the start and end": f"{load:.1f}, {os.getloadavg()[0]:.1f}",
         }
         results[part] = {"about": about, "rows": rows}

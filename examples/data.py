@@ -20,9 +20,7 @@ from datasets import (
     load_dataset,
 )
 from PIL import Image as PILImage
-from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
-from transformers import default_data_collator
 
 from hf_selfkd.streaming import SeededStream
 
@@ -299,7 +297,7 @@ def _find_fault(row: Any, read: Callable[[Any], Any]) -> dict[str, str]:
 
 
 def training_transform(arguments: DataArguments, data_config: dict[str, Any]) -> v2.Compose:
-    """Return crop, flip and what else was asked for; from a PIL image to whole numbers, see :class:`Collator`."""
+    """Return crop, flip and what else was asked for; the trainer normalises the whole numbers that come out."""
     policies = {
         None: [],
         "autoaugment": [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)],
@@ -322,26 +320,6 @@ def training_transform(arguments: DataArguments, data_config: dict[str, Any]) ->
             *([v2.RandomErasing(arguments.random_erasing, value=grey)] if arguments.random_erasing else []),
         ]
     )
-
-
-class Collator:
-    """Makes batches, and normalises images that are whole numbers: faster for a batch than for one image at a time.
-
-    Args:
-        data_config: With ``mean`` and ``std`` of the channels.
-    """
-
-    def __init__(self, data_config: dict[str, Any]):
-        self.normalise = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(data_config["mean"], data_config["std"])]
-        )
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return ``pixel_values`` ``(batch, 3, height, width)`` in float32, and ``labels``."""
-        batch = default_data_collator(samples)
-        if not batch["pixel_values"].is_floating_point():
-            batch["pixel_values"] = self.normalise(batch["pixel_values"])
-        return batch
 
 
 def mixing_transform(arguments: DataArguments, num_classes: int):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
+from torchvision.transforms.v2.functional import normalize, to_dtype
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 
@@ -39,6 +40,9 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
 
     Every training sample is drawn under random states that depend on seed, epoch and index only, so that neither a
     resumed run nor the number of workers changes the augmentation.
+
+    ``pixel_values`` of whole numbers, ``uint8`` from 0 to 255, are normalised on the device, by mean and standard
+    deviation in ``config.pretrained_cfg``: they load four times as fast as floats.
 
     SIGTERM saves a checkpoint at the end of the step and ends the process with status 143, unless ``save_strategy`` is
     ``"no"``. A loss, a term or a gradient that is not finite stops all processes before the weights change.
@@ -251,14 +255,25 @@ class SelfDistillationTrainer(StreamingTrainer, ResumableTrainer, HubTrainer, Ca
     # Data
 
     def _prepare_inputs(self, inputs):
-        """Move a batch to the device; void pixels of label maps become -100."""
+        """Move a batch to the device; whole numbers are normalised, and void pixels of label maps become -100."""
         inputs = super()._prepare_inputs(inputs)
+        if "pixel_values" in inputs and inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = self._normalise(inputs["pixel_values"])
         self._indices = inputs.pop(INDICES, None)
         labels = inputs.get("labels")
         if labels is not None and labels.dim() == 3:
             void = labels == self.model.config.semantic_loss_ignore_index
             inputs["labels"] = labels.long().masked_fill(void, -100)
         return inputs
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        mean, std = (self.model.config.pretrained_cfg[name] for name in ("mean", "std"))
+        if len(mean) != images.shape[1]:
+            raise ValueError(
+                f"By its config.pretrained_cfg the model is for images of {len(mean)} channels, but those of whole "
+                f"numbers have {images.shape[1]}. Normalise them in your transform, or correct mean and std."
+            )
+        return normalize(to_dtype(images, torch.float32, scale=True), mean, std, inplace=True)
 
     def _get_dataloader(self, dataset, description, *args, **kwargs):
         if not isinstance(dataset, IterableDataset) and hasattr(dataset, "__getitem__") and has_length(dataset):

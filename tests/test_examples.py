@@ -247,17 +247,11 @@ def test_bad_options(tmp_path, monkeypatch, arguments, words):
     assert words in str(error.value)
 
 
-def test_images_are_normalised_as_a_batch_after_augmentation():
-    config = {"interpolation": "bilinear", "mean": [0.2, 0.4, 0.6], "std": [0.1, 0.2, 0.3]}
+def test_erased_pixels_are_grey():
+    config = {"interpolation": "bilinear", "mean": [0.2, 0.4, 0.6]}
     options = data.DataArguments(crop_padding=0, horizontal_flip=False)
     plain = data.training_transform(options, config)(noise())
     assert plain.dtype == torch.uint8
-    batch = data.Collator(config)([{"pixel_values": plain, "labels": 3}] * 2)
-    for channel in range(3):
-        expected = (plain[channel] / 255 - config["mean"][channel]) / config["std"][channel]
-        torch.testing.assert_close(batch["pixel_values"][1, channel], expected)
-    ready = torch.randn(3, 32, 32)  # as evaluation gives them
-    assert torch.equal(data.Collator(config)([{"pixel_values": ready, "labels": 3}])["pixel_values"][0], ready)
     options.random_erasing = 1.0
     erased = data.training_transform(options, config)(noise())
     changed = (erased != plain).any(dim=0)

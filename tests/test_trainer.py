@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 from pathlib import Path
@@ -131,6 +132,23 @@ def test_evaluations_leave_no_file_open(build, train):
     for _ in range(3):
         trainer.evaluate()
     assert psutil.Process().num_fds() == before
+
+
+def test_whole_numbers_are_normalised(build, train):
+    pixels = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    model = build()
+    model.config.pretrained_cfg |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    mean, std = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]).view(2, 3, 1, 1)
+    ready = (pixels / 255 - mean) / std
+    found = []
+    for images in (pixels, ready):
+        samples = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(images)]
+        trainer = train(copy.deepcopy(model), trainer_kwargs={"train_dataset": samples, "eval_dataset": samples})
+        found.append([*losses(trainer), trainer.evaluate()["eval_loss"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    samples = [{"pixel_values": pixels[0, :1], "labels": 0}] * 8
+    with pytest.raises(ValueError, match="is for images of 3 channels, but those of whole numbers have 1. Normalise"):
+        train(model, trainer_kwargs={"train_dataset": samples})
 
 
 def test_own_metrics_see_all_logits(build, images, train):
