@@ -206,12 +206,15 @@ def memory(rounds: int, dataset: str | None) -> list[dict]:
 
 
 def saved(candidate) -> int:
-    """Return the bytes of distinct tensors that a step keeps for its backward pass, parameters included."""
+    """Return the bytes of distinct tensors that a step makes and keeps for its backward pass."""
     sizes = {}
+    model = candidate.args[0]
+    there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in there:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

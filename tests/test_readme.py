@@ -69,11 +69,20 @@ def test_tables_are_what_was_measured():
     assert found
     for line in summary.partition("\n\n")[0].splitlines():
         assert line in README
-    formats = json.loads((RESULTS / "training.json").read_text())["formats"]["rows"]
-    assert all(0.5 < row["channels_last, bfloat16 (cpu)"] < 0.65 for row in formats)  # little more than half
+    measured = json.loads((RESULTS / "training.json").read_text())
+    formats = [f"{row['channels_last, bfloat16 (cpu)']:.2f}" for row in measured["formats"]["rows"]]
+    loaders = [
+        [f"{row[f'over {loader} (wall)']:.2f}" for row in measured["pipeline"]["rows"]]
+        for loader in ("timm's", "timm's prefetcher")
+    ]
+    text = " ".join(README.split())
+    assert f"takes {' / '.join(formats)} of the time of float32" in text
+    assert f"Two workers need {loaders[0][0]} times as long as timm's loader" in text
+    assert (
+        f"{loaders[0][1]} times for CIFAR-10, and {' and '.join(loaders[1])} times as long as its prefetcher" in text
+    )
     rows = json.loads((RESULTS / "early_exit.json").read_text())["batch"]["rows"]
     speed_up = {row["against"]: row["speed-up (wall)"] for row in rows if row["threads"] == 1}
-    text = " ".join(README.split())
     assert (
         f"{speed_up['plain timm']:.2f} times as fast as plain timm and "
         f"{speed_up['earlyon, batched call']:.2f} times as fast as `earlyon`'s batched call"
