@@ -58,9 +58,9 @@ def missing(**kept) -> list[str]:
     return [name for name, is_kept in kept.items() if not is_kept]
 
 
-def finish_whole(folder: Path, processes: int) -> tuple[dict, Path]:
+def finish_whole(folder: Path, processes: int, options: dict = SCAFFOLDED) -> tuple[dict, Path]:
     """Run to the end without a fault; return the options of the run, and its folder."""
-    options = {**SCAFFOLDED, "processes": processes, "per_device_train_batch_size": 16 // processes}
+    options = {**options, "processes": processes, "per_device_train_batch_size": 16 // processes}
     whole = folder / f"whole-{processes}"
     finish(whole, **options)
     return options, whole
@@ -74,10 +74,8 @@ def kill(folder: Path, trials: int) -> list[dict]:
     records = []
     for processes in PROCESSES:
         options = SCAFFOLDED if processes == 1 else {"method": "lsh", "method_args": json.dumps(teacher(folder))}
-        options |= {"processes": processes, "per_device_train_batch_size": 16 // processes}
         start = time.time()
-        whole = folder / f"whole-{processes}"
-        finish(whole, **options)
+        options, whole = finish_whole(folder, processes, options)
         reference, duration = outcome(whole), time.time() - start
         moments = {"at a random moment": [], "while a checkpoint is written": []}
         generator = random.Random(processes)
