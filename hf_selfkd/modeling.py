@@ -106,8 +106,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         Args:
             pixel_values: ``(batch, channels, height, width)``.
             labels: Class indices ``(batch,)`` or probabilities ``(batch, classes)``; adds ``loss``.
-            output_hidden_states: Whether to return the maps of all stages; always so in
-                training, unless ``returns_maps`` is false.
+            output_hidden_states: Whether to return the maps of all stages; always so in training, unless
+                ``returns_maps`` is false.
             return_dict: ``False`` returns a tuple.
         """
         if self.config.early_exit and not self.training and labels is None and not output_hidden_states:

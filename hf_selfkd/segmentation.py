@@ -118,8 +118,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
             pixel_values: ``(batch, channels, height, width)``.
             labels: Class indices ``(batch, height, width)``, ``config.semantic_loss_ignore_index`` or -100 where there
                 is none; adds ``loss``, for which the logits are interpolated to their size.
-            output_hidden_states: Whether to return the maps of the pyramid; always so in
-                training, unless ``returns_maps`` is false.
+            output_hidden_states: Whether to return the maps of the pyramid; always so in training, unless
+                ``returns_maps`` is false.
             return_dict: ``False`` returns a tuple.
 
         Raises:
