@@ -146,6 +146,10 @@ def test_whole_numbers_are_normalised(build, train):
         trainer = train(copy.deepcopy(model), trainer_kwargs={"train_dataset": samples, "eval_dataset": samples})
         found.append([*losses(trainer), trainer.evaluate()["eval_loss"]])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+    unknown = build()
+    unknown.config.pretrained_cfg = None
+    with pytest.raises(ValueError, match="is for images of 0 channels, but those of whole numbers have 3. Normalise"):
+        train(unknown, trainer_kwargs={"train_dataset": [{"pixel_values": pixels[0], "labels": 0}] * 8})
     samples = [{"pixel_values": pixels[0, :1], "labels": 0}] * 8
     with pytest.raises(ValueError, match="is for images of 3 channels, but those of whole numbers have 1. Normalise"):
         train(model, trainer_kwargs={"train_dataset": samples})

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..functional import cross_entropy
 from ..outputs import MultiExitOutput
 from .base import Method, check_hyper_parameters, get_method
 
@@ -77,6 +78,9 @@ class Combination(Method, registered=False):
             for name, term in method(part, labels, epoch).items():
                 if name != "label" or method is self.methods[0]:
                     terms[f"{method.name}/{name}"] = term
+        if self.methods[0].detach_exits and not self.detach_exits:
+            # The label loss that stays knows the deepest exit only, and the trainer adds none to exits that teach.
+            terms["exits"] = cross_entropy(output.exit_logits[:-1], labels)
         return terms
 
     def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:

@@ -71,9 +71,15 @@ def test_demands_of_the_parts(build, name, settings, detach_exits, min_exits):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("none+byot", {"byot": {"alpha": 0.0}}), ("frskd+eed", {"eed": {"output_weight": 0.0}})]
+    ("name", "settings"),
+    [
+        ("none+byot", {"byot": {"alpha": 0.0}}),
+        ("frskd+eed", {"eed": {"output_weight": 0.0}}),
+        ("frskd+lsh", {}),
+        ("none+deep_supervision", {}),
+    ],
 )
-def test_every_parameter_gets_a_gradient_where_a_weight_is_0(build, batch, name, settings):
+def test_every_parameter_gets_a_gradient(build, batch, name, settings):
     """Several processes wait for each of them."""
     model, method = build().train(), get_method(name, **settings)
     model.detach_exits, model.scaffold = method.detach_exits, method.scaffold(model)
