@@ -26,8 +26,8 @@ from coverage_report import summary
 from torch import Tensor, nn
 
 from hf_selfkd import MultiExitConfig, MultiExitForImageClassification
-from hf_selfkd.backbone import keep_rows, run
 from hf_selfkd.functional import add, cross_entropy
+from hf_selfkd.models.hooks import keep_rows, run
 
 CLASSES = 10
 MAX_PARAMETERS = 120e6

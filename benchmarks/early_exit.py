@@ -23,9 +23,9 @@ from timing import ratio, time_in_turn
 from torch import Tensor, nn
 
 from hf_selfkd import ExitPolicy, MultiExitForImageClassification, calibrate, exit_costs
-from hf_selfkd.calibration import gather_evidence, solve
-from hf_selfkd.evaluation import collect_logits, to_table
-from hf_selfkd.export import StaticExit
+from hf_selfkd.calibration.calibrate import gather_evidence, solve
+from hf_selfkd.deploy.export_exit import StaticExit
+from hf_selfkd.evaluation.curves import collect_logits, to_table
 
 RESNET, VIT = "resnet50", "vit_small_patch16_224"
 TARGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

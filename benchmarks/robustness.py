@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from hf_selfkd import ExitPolicy, MultiExitForImageClassification, SelfDistillationTrainer
-from hf_selfkd.evaluation import to_table
+from hf_selfkd.evaluation.curves import to_table
 
 NUM_LEAK_STEPS = 2000
 

@@ -34,8 +34,8 @@ from torchvision.transforms import v2
 from transformers import TrainingArguments, default_data_collator
 
 from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, SelfDistillationTrainer, get_method
-from hf_selfkd.evaluation import to_table
-from hf_selfkd.functional import add, counted_over_processes, cross_entropy
+from hf_selfkd.evaluation.curves import to_table
+from hf_selfkd.functional import add, counted_over_processes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -56,8 +56,7 @@ def create(workload: str, method: str, **config) -> tuple[nn.Module, object]:
         "resnet18", num_labels=CLASSES, **(WORKLOADS[workload][0] | config)
     )
     method = get_method(method)
-    model.detach_exits, model.returns_maps = method.detach_exits, method.reads_maps
-    model.scaffold = method.scaffold(model)
+    method.attach(model)
     return model.train(), method
 
 
@@ -68,16 +67,13 @@ def data(workload: str) -> tuple[Tensor, Tensor]:
     return images, torch.randint(CLASSES, (batch_size,), generator=generator)
 
 
-def total(method, model: nn.Module, output: MultiExitOutput, labels: Tensor) -> Tensor:
+def total(method, output: MultiExitOutput, labels: Tensor) -> Tensor:
     """Add up the terms as the trainer does."""
-    terms = method(output, labels, 0.0)
-    if model.detach_exits:
-        terms["exits"] = cross_entropy(output.exit_logits[:-1], labels)
-    return add(terms.values())
+    return add(method.terms(output, labels, 0.0).values())
 
 
 def answer_and_add(method, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return total(method, model, model(images), labels)
+    return total(method, model(images), labels)
 
 
 def step(model: nn.Module, loss, bf16: bool) -> None:
@@ -115,7 +111,7 @@ def candidates_of_step(workload: str, name: str) -> dict:
             stage_outputs=tuple(maps),
         )
         output.scaffold = None if model.scaffold is None else model.scaffold(images, output)
-        return total(method, model, output, labels)
+        return total(method, output, labels)
 
     def forget() -> None:
         for tensor in (*maps, logits, features):
@@ -461,7 +457,7 @@ def count_traffic(rank: int, folder: str) -> None:
         for _ in range(2):  # buckets are made anew after the first step
             reduced.clear(), beside.clear()
             with mock.patch.object(dist, "all_reduce", counted), counted_over_processes():
-                loss = total(method, model, parallel(images[:16]), labels[:16])
+                loss = total(method, parallel(images[:16]), labels[:16])
             loss.backward()
         gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         rows.append(

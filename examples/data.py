@@ -22,7 +22,7 @@ from datasets import (
 from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
 
-from hf_selfkd.streaming import SeededStream
+from hf_selfkd.training.streaming import SeededStream
 
 HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",

@@ -21,15 +21,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForImageClassification
 
 import hf_selfkd
-from hf_selfkd.evaluation import (
-    anytime_curve,
-    budgeted_curve,
-    collect_logits,
-    measure_throughput,
-    plot_curves,
-    to_table,
-)
-from hf_selfkd.model_card import update_model_card
+from hf_selfkd.evaluation.costs import measure_throughput
+from hf_selfkd.evaluation.curves import anytime_curve, budgeted_curve, collect_logits, plot_curves, to_table
+from hf_selfkd.model_card.card import update_model_card
 
 
 def parse() -> argparse.Namespace:

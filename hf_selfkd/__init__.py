@@ -5,17 +5,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from ._version import __version__ as __version__
 from .calibration import calibrate
-from .configuration import MultiExitConfig
-from .early_exit import ExitPolicy
+from .deploy import EarlyExitPipeline, export_exit
 from .evaluation import exit_costs
-from .export import export_exit
 from .methods import Method, get_method, list_methods
-from .modeling import MultiExitForImageClassification
-from .outputs import EarlyExitOutput, MultiExitOutput
-from .segmentation import MultiExitForSemanticSegmentation
-from .trainer import SelfDistillationTrainer
+from .models.configuration import MultiExitConfig
+from .models.exit_policy import ExitPolicy
+from .models.modeling_classification import MultiExitForImageClassification
+from .models.modeling_segmentation import MultiExitForSemanticSegmentation
+from .models.outputs import EarlyExitOutput, MultiExitOutput
+from .training import SelfDistillationTrainer
 
 __all__ = [
+    "EarlyExitPipeline",
     "EarlyExitOutput",
     "ExitPolicy",
     "Method",
@@ -47,7 +48,7 @@ MultiExitForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSe
 def __getattr__(name: str):
     # Only this needs `evaluate`, a tenth of what importing the package takes.
     if name == "MultiExitAccuracy":
-        from .multi_exit_accuracy import MultiExitAccuracy
+        from .evaluation.hf_evaluate import MultiExitAccuracy
 
         return MultiExitAccuracy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,8 +7,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
-from hub_server import HubServer, connect
-from recipe import PLAIN_SGD
 from transformers import TrainingArguments
 
 from hf_selfkd import (
@@ -17,8 +15,10 @@ from hf_selfkd import (
     MultiExitOutput,
     SelfDistillationTrainer,
 )
+from tests.helpers.hub_server import HubServer, connect
+from tests.helpers.recipe import PLAIN_SGD
 
-collect_ignore = ["load_without_library.py"]  # a script, which the search for doctests would run
+collect_ignore = ["helpers/load_without_library.py"]  # a script, which the search for doctests would run
 
 _VECTORS = {
     entry["id"]: entry for entry in json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]

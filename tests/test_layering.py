@@ -1,67 +1,62 @@
-"""Which module may import which: a checkpoint carries the flat ones, and methods never meet the model."""
-
-import ast
-from pathlib import Path
+"""Which module may import which: checkpoints carry models/, and imports run one way."""
 
 import pytest
+from transformers.dynamic_module_utils import get_relative_imports
 
-import hf_selfkd
+from tests.helpers.layering import MODELS, PACKAGE, imports, shipped_modules
 
-PACKAGE = Path(hf_selfkd.__file__).parent
 # All that a loader of trust_remote_code can be asked for: the last two come with transformers.
 SHIPPED = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
+# What a folder or module may import of this package, beside itself. Nobody imports training but the package.
+ALLOWED = {
+    "models": (),
+    "functional": ("models.loss",),
+    "methods": ("functional", "models.outputs", "models.pyramid", "models.stages"),
+    "calibration": ("models",),
+    "evaluation": ("models", "calibration"),
+    "deploy": ("models", "calibration"),
+    "model_card": ("models", "methods", "evaluation", "_version"),
+    "training": ("models", "functional", "methods", "calibration", "evaluation", "model_card"),
+    "_version": (),
+}
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """Return the sibling modules and the packages outside the standard library that a file imports."""
-    siblings, packages = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            siblings.add("." * node.level + (node.module or ""))
-        elif isinstance(node, ast.ImportFrom):
-            packages.add(node.module.split(".")[0])
-        elif isinstance(node, ast.Import):
-            packages |= {alias.name.split(".")[0] for alias in node.names}
-    return siblings, packages - set(__import__("sys").stdlib_module_names)
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def shipped_modules() -> set[str]:
-    """Return the modules that a checkpoint carries: the models and what they import, directly or not."""
-    found, pending = set(), ["modeling", "segmentation", "configuration"]
-    while pending:
-        name = pending.pop()
-        if name not in found:
-            found.add(name)
-            pending += [sibling.lstrip(".") for sibling in imports(PACKAGE / f"{name}.py")[0]]
-    return found
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    allowed = (room(path), *ALLOWED[room(path)])
+    wrong = [name for name in imports(path)[0] if not any(f"{name}.".startswith(f"{part}.") for part in allowed)]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("name", sorted(shipped_modules()))
-def test_what_a_checkpoint_carries_is_flat_and_self_contained(name):
-    siblings, packages = imports(PACKAGE / f"{name}.py")
-    assert all(sibling.count(".") == 1 and sibling != "." for sibling in siblings)
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_checkpoint_carries_is_found_by_transformers(path):
+    """It reads imports by a regular expression, also in docstrings, and ships no other form than these."""
+    own, packages = imports(path)
     assert packages <= SHIPPED
+    assert own == {f"models.{name}" for name in get_relative_imports(path)}
+    assert all((PACKAGE / f"{name.replace('.', '/')}.py").is_file() for name in own)
+
+
+def test_every_module_of_the_models_ships():
+    assert shipped_modules() == {path.stem for path in MODELS.glob("[!_]*.py")}
 
 
 def test_evaluate_is_imported_only_when_its_metric_is_asked_for():
-    importers = {path.stem for path in PACKAGE.glob("*.py") if "evaluate" in imports(path)[1]}
-    assert importers == {"multi_exit_accuracy"}
-    assert not any(
-        "multi_exit_accuracy" in sibling for path in PACKAGE.glob("[!_]*.py") for sibling in imports(path)[0]
-    )
+    importers = [path for path in FILES if "evaluate" in imports(path)[1]]
+    assert [path.stem for path in importers] == ["hf_evaluate"]
+    assert not any("evaluation.hf_evaluate" in imports(path)[0] for path in FILES)
 
 
 def test_arithmetic_knows_torch_only():
-    assert imports(PACKAGE / "functional.py") == (set(), {"torch"})
+    for name in ("functional.py", "models/loss.py"):
+        assert imports(PACKAGE / name)[1] == {"torch"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "methods").glob("[!_]*.py")), ids=lambda path: path.stem)
-def test_methods_never_import_the_model(path):
-    siblings, packages = imports(path)
-    assert packages <= SHIPPED
-    assert not siblings & {"..modeling", "..segmentation", "..trainer", "..backbone", "..configuration"}
-
-
-@pytest.mark.parametrize("name", sorted(shipped_modules()))
-def test_the_model_never_imports_methods(name):
-    assert not any(sibling.startswith((".methods", ".trainer")) for sibling in imports(PACKAGE / f"{name}.py")[0])
+def test_methods_need_no_more_than_models(path):
+    assert imports(path)[1] <= SHIPPED

@@ -1,13 +1,13 @@
 """What a method is: hyper-parameters, the terms of a loss, and what only trains."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..outputs import MultiExitOutput
+from ..functional import cross_entropy
+from ..models.outputs import MultiExitOutput
 
 _METHODS: dict[str, type["Method"]] = {}
 
@@ -26,8 +26,7 @@ class Method:
             learns as without them. The trainer adds their label loss as the term ``exits``. A property where it
             depends on a hyper-parameter.
         reads_maps: Whether the loss itself reads ``output.exit_maps`` or ``output.stage_outputs``. Where it does not,
-            they are left out behind the scaffold, because mixed precision copies everything that a model returns. Not
-            inherited.
+            they are left out behind the scaffold, because mixed precision copies everything that a model returns.
         min_exits: Exits the method needs, the deepest included.
         tasks: Which models it can train, by their ``task``.
     """
@@ -35,14 +34,12 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str]
     detach_exits: ClassVar[bool] = False
-    reads_maps: ClassVar[bool] = True
+    reads_maps: ClassVar[bool] = False
     min_exits: ClassVar[int] = 1
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
 
     def __init_subclass__(cls, *, registered: bool = True, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "reads_maps" not in vars(cls):
-            cls.reads_maps = True  # not inherited: a method that adds to another may read them
         if not registered:
             return
         taken_by = _METHODS.get(cls.name, cls)
@@ -80,6 +77,48 @@ class Method:
         through more than once. The result must be equal on all processes.
         """
 
+    def attach(self, model: nn.Module) -> None:
+        """Make a model ready to train with this method: all that a training loop needs before its first step.
+
+        Checks the model, builds the scaffold, and sets what exits read and what the model returns. Of a wrapped model
+        (PEFT, ``torch.compile``, data parallel) this happens to the multi-exit model inside. Build the optimizer
+        afterwards, so that it holds the parameters of the scaffold. :meth:`detach` undoes it.
+
+        Args:
+            model: A multi-exit model.
+
+        Raises:
+            ValueError: If ``model`` cannot be trained with this method.
+        """
+        model = multi_exit_model(model)
+        self.check(model)
+        model.scaffold = self.scaffold(model)
+        model.detach_exits = self.detaches_exits(model.scaffold)
+        model.returns_maps = self.reads_maps
+
+    def detach(self, model: nn.Module) -> None:
+        """Take off what :meth:`attach` put on: the model is as it was built."""
+        model = multi_exit_model(model)
+        model.scaffold, model.detach_exits, model.returns_maps = None, False, True
+
+    def terms(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
+        """Return all terms of the loss: those of the method, and ``exits`` for exits that read detached maps.
+
+        The sum is what a training loop minimises. Takes what :meth:`__call__` takes.
+        """
+        terms = self(output, labels, epoch)
+        if self.leaves_out_exits(output):
+            terms["exits"] = cross_entropy(output.exit_logits[:-1], labels)
+        return terms
+
+    def detaches_exits(self, scaffold: nn.Module | None) -> bool:
+        """Whether auxiliary exits read detached maps, given the scaffold."""
+        return self.detach_exits
+
+    def leaves_out_exits(self, output: MultiExitOutput) -> bool:
+        """Whether there are auxiliary exits that the method's own terms do not train."""
+        return self.detach_exits and len(output.exit_logits) > 1
+
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if ``model`` cannot be trained with this method."""
         if model.task not in self.tasks:
@@ -99,50 +138,19 @@ class Method:
         return {"name": self.name} | {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def list_methods() -> list[str]:
-    """List the names of all methods, sorted."""
-    return sorted(_METHODS)
-
-
-def get_method(name: str, **hyper_parameters) -> Method:
-    """Create a method by its name.
-
-    Args:
-        name: One of :func:`list_methods`, or several joined as in ``"eed+lsh"``.
-        hyper_parameters: Fields of the method; what is left out keeps the paper's value. Of several methods, a
-            dictionary for each: ``get_method("eed+lsh", lsh={"mimic_weight": 5.0})``.
+def multi_exit_model(model: nn.Module) -> nn.Module:
+    """Return the multi-exit model in a module that may wrap it.
 
     Raises:
-        ValueError: If there is no such method or hyper-parameter, or a value is out of range.
-
-    Example:
-        >>> get_method("byot", alpha=0.5)
-        BYOT(alpha=0.5, temperature=3.0, hint_weight=0.03)
+        ValueError: If there is none.
     """
-    if "+" in name:
-        from .combination import combine  # here because a combination is a method itself
-
-        return combine(name.split("+"), hyper_parameters)
-    if name not in _METHODS:
-        raise ValueError(f"Unknown method '{name}'.{_near(name, _METHODS)} Available: {', '.join(list_methods())}.")
-    method = _METHODS[name]
-    check_hyper_parameters(method.__name__, hyper_parameters, [field.name for field in fields(method)])
-    return method(**hyper_parameters)
-
-
-def check_hyper_parameters(owner: str, given: Iterable[str], known: list[str]) -> None:
-    """Raise ValueError if ``owner`` has no hyper-parameter of a name that was given."""
-    for name in given:
-        if name not in known:
-            raise ValueError(
-                f"{owner} has no hyper-parameter '{name}'.{_near(name, known)} "
-                f"Available: {', '.join(known) or 'none'}."
-            )
-
-
-def _near(word: str, words: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, words, n=1)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+    found = next((module for module in model.modules() if hasattr(module, "exit_stages")), None)
+    if found is None:
+        raise ValueError(
+            f"A multi-exit model is needed, but got {type(model).__name__}. Build one with "
+            "MultiExitForImageClassification.from_backbone."
+        )
+    return found
 
 
 def check_range(method: Method, name: str, low: float, high: float | None = None, *, strict: bool = False) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..functional import add, cross_entropy, mse, soften_kl
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
 from .base import Method, check_range
 
 
@@ -24,7 +24,6 @@ class BYOT(Method):
 
     name: ClassVar[str] = "byot"
     paper: ClassVar[str] = "https://arxiv.org/abs/1905.08094"
-    reads_maps: ClassVar[bool] = False
     min_exits: ClassVar[int] = 2
 
     alpha: float = 0.3

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..functional import cross_entropy
-from ..outputs import MultiExitOutput
-from .base import Method, check_hyper_parameters, get_method
+from ..models.outputs import MultiExitOutput
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +73,25 @@ class Combination(Method, registered=False):
         """Return the terms of all methods; ``output.scaffold`` holds one dictionary per method that has a scaffold."""
         terms = {}
         for method in self.methods:
-            part = replace(output, scaffold=_part(output.scaffold, method))
-            for name, term in method(part, labels, epoch).items():
+            for name, term in method(_output_for(method, output), labels, epoch).items():
                 if name != "label" or method is self.methods[0]:
                     terms[f"{method.name}/{name}"] = term
-        if self.methods[0].detach_exits and not self.detach_exits:
-            # The label loss that stays knows the deepest exit only, and the trainer adds none to exits that teach.
-            terms["exits"] = cross_entropy(output.exit_logits[:-1], labels)
         return terms
+
+    def detaches_exits(self, scaffold: "Scaffolds | None") -> bool:
+        """Only if no method needs the exits' gradients."""
+        return all(method.detaches_exits(_part(scaffold, method)) for method in self.methods)
+
+    def leaves_out_exits(self, output: MultiExitOutput) -> bool:
+        """If the first method does, whose label loss is the one that stays."""
+        return self.methods[0].leaves_out_exits(_output_for(self.methods[0], output))
 
     def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:
         """Return what each method watches, each under its method's name."""
         return {
             f"{method.name}/{name}": value
             for method in self.methods
-            for name, value in method.metrics(replace(output, scaffold=_part(output.scaffold, method))).items()
+            for name, value in method.metrics(_output_for(method, output)).items()
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,26 +110,11 @@ class Scaffolds(nn.ModuleDict):
         return {name: scaffold(pixel_values, output) for name, scaffold in self.items()}
 
 
-def combine(names: list[str], hyper_parameters: dict[str, dict[str, Any]]) -> Combination:
-    """Create a combination.
-
-    Args:
-        names: Names of methods, each once.
-        hyper_parameters: For each name, the fields that differ from the paper's values.
-
-    Raises:
-        ValueError: If a name comes twice, is unknown or has no such hyper-parameter.
-    """
-    joined = "+".join(names)
-    if len(set(names)) < len(names):
-        raise ValueError(f"A combination names each method once, but got '{joined}'.")
-    check_hyper_parameters(joined, hyper_parameters, names)
-    for name, given in hyper_parameters.items():
-        if not isinstance(given, dict):
-            raise ValueError(f"'{joined}' takes the hyper-parameters of {name} as a dictionary, but got {given!r}.")
-    return Combination(methods=tuple(get_method(name, **hyper_parameters.get(name, {})) for name in names))
-
-
 def _part(scaffolds: Any, method: Method) -> Any:
     """Return what belongs to a method, ``None`` where it has no scaffold."""
     return scaffolds[method.name] if scaffolds is not None and method.name in scaffolds else None
+
+
+def _output_for(method: Method, output: MultiExitOutput) -> MultiExitOutput:
+    """Return the output as the method alone would see it."""
+    return replace(output, scaffold=_part(output.scaffold, method))

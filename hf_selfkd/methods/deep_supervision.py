@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..functional import cross_entropy
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
 from .base import Method
 
 
@@ -20,7 +20,6 @@ class DeepSupervision(Method):
 
     name: ClassVar[str] = "deep_supervision"
     paper: ClassVar[str] = "https://arxiv.org/abs/1409.5185"
-    reads_maps: ClassVar[bool] = False
     min_exits: ClassVar[int] = 2
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 

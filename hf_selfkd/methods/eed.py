@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..functional import add, cross_entropy, mse, soften_kl
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
 from .base import Method, check_range
 
 
@@ -25,7 +25,6 @@ class EED(Method):
 
     name: ClassVar[str] = "eed"
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.00299"
-    reads_maps: ClassVar[bool] = False
     min_exits: ClassVar[int] = 2
 
     output_loss: str = "mse"

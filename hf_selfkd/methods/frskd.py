@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..bifpn import BiFPN, PyramidHead, SegmentationPyramid, deepest_resolutions
 from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
+from ..models.pyramid import BiFPN, PyramidHead, SegmentationPyramid
+from ..models.stages import deepest_resolutions
 from .base import Method, check_range
 
 # The authors' values: their command line for CIFAR-100, their code for VOC.
@@ -96,7 +97,6 @@ class FRSKD(Method):
 
     name: ClassVar[str] = "frskd"
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.08273"
-    reads_maps: ClassVar[bool] = False
     detach_exits: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..functional import cross_entropy, soften_kl
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
 from .base import Method, check_range
 from .teacher import Teacher, missing_scaffold
 
@@ -27,7 +27,6 @@ class KD(Method):
 
     name: ClassVar[str] = "kd"
     paper: ClassVar[str] = "https://arxiv.org/abs/1503.02531"
-    reads_maps: ClassVar[bool] = False
 
     teacher: nn.Module | str | None = field(default=None, repr=False)
     alpha: float = 0.9

@@ -18,7 +18,7 @@ from ..functional import (
     median_bias,
     squared_error,
 )
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
 from .base import Method, check_range
 from .teacher import Teacher, final_layers, missing_scaffold
 
@@ -50,7 +50,6 @@ class LSH(Method):
 
     name: ClassVar[str] = "lsh"
     paper: ClassVar[str] = "https://arxiv.org/abs/2011.01424"
-    reads_maps: ClassVar[bool] = False
 
     teacher: nn.Module | str | None = field(default=None, repr=False)
     mimic_weight: float = 6.0

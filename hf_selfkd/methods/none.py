@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..functional import cross_entropy
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
 from .base import Method
 
 
@@ -16,7 +16,6 @@ class NoDistillation(Method):
 
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "https://arxiv.org/abs/1512.03385"
-    reads_maps: ClassVar[bool] = False
     detach_exits: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import cosine_overlap, cross_entropy, disagreement, gram_overlap, mix, sigmoid_ramp, soften_kl
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
 from .base import Method, check_range
 from .teacher import missing_scaffold
 
@@ -63,11 +63,14 @@ class Students(nn.Module):
         self.fusion = FeatureFusion(model.config.exit_width or model.anatomy.width, len(self._classifiers))
 
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor | tuple[Tensor, ...]]:
-        """Return ``student_logits``, the fused ``ensemble_logits``, each ``(batch, classes)``, and the ``overlap``."""
+        """Return the fused ``ensemble_logits`` ``(batch, classes)``, and the ``overlap``.
+
+        With branches, also their ``branch_logits``, one tensor ``(batch, classes)`` each.
+        """
         logits, ensemble_logits = self.answer(output)
         weights = [_weight(classifiers) for classifiers in self._classifiers]
-        overlap = OVERLAPS[self.overlap](weights)
-        return {"student_logits": logits, "ensemble_logits": ensemble_logits, "overlap": overlap}
+        found = {"ensemble_logits": ensemble_logits, "overlap": OVERLAPS[self.overlap](weights)}
+        return found | ({"branch_logits": logits[1:]} if self.branches else {})
 
     def answer(self, output: MultiExitOutput) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the logits of every student and the fused ones, each ``(batch, classes)``."""
@@ -169,7 +172,6 @@ class OKDMDE(Method):
 
     name: ClassVar[str] = "okd_mde"
     paper: ClassVar[str] = "https://arxiv.org/abs/2010.00795"
-    reads_maps: ClassVar[bool] = False
     detach_exits: ClassVar[bool] = True
 
     num_students: int = 3
@@ -201,7 +203,6 @@ class OKDMDE(Method):
                 raise ValueError(f"{error} OKDMDE could take exits as students, but the model has none.") from error
             logger.warning("%s OKDMDE takes the %d exits as students instead.", error, model.num_exits)
             tails = []
-            model.detach_exits = False
         return Students(model, tails, self.overlap)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
@@ -216,7 +217,7 @@ class OKDMDE(Method):
         """
         if output.scaffold is None:
             raise missing_scaffold(self, "its students")
-        students, ensemble = output.scaffold["student_logits"], output.scaffold["ensemble_logits"]
+        students, ensemble = _student_logits(output), output.scaffold["ensemble_logits"]
         ramp = sigmoid_ramp(math.floor(epoch) / self.ramp_epochs)  # published schedules change once an epoch
         return {
             "label": cross_entropy(students[0], labels),
@@ -228,4 +229,18 @@ class OKDMDE(Method):
 
     def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:
         """Return the students' ``disagreement``: 0 tells that the branches have become one."""
-        return {"disagreement": disagreement(output.scaffold["student_logits"])}
+        return {"disagreement": disagreement(_student_logits(output))}
+
+    def detaches_exits(self, scaffold: Students) -> bool:
+        """Unless the exits are students."""
+        return len(scaffold.branches) > 0
+
+    def leaves_out_exits(self, output: MultiExitOutput) -> bool:
+        """Unless the exits are students, whose label loss is one of the terms."""
+        return super().leaves_out_exits(output) and "branch_logits" in output.scaffold
+
+
+def _student_logits(output: MultiExitOutput) -> tuple[Tensor, ...]:
+    """Return the logits of every student ``(batch, classes)``, the network's own last stage first."""
+    *exits, own = output.exit_logits
+    return (own, *output.scaffold.get("branch_logits", exits))

@@ -12,7 +12,7 @@ from timm.models import parse_model_name
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..outputs import MultiExitOutput
+from ..models.outputs import MultiExitOutput
 
 
 # What enters the classifier of the teacher that is running in this thread. Not on the teacher: that would break

@@ -6,7 +6,6 @@ import torch
 
 from hf_selfkd import Method, get_method, list_methods
 from hf_selfkd.methods.base import _METHODS
-from hf_selfkd.methods.byot import BYOT
 
 
 @pytest.fixture
@@ -33,13 +32,6 @@ def test_a_method_is_found_by_being_there(own_method):
     assert isinstance(method, own_method)
     assert method.to_dict() == {"name": "own", "weight": 2.0}
     assert get_method(**method.to_dict()) == method
-
-
-def test_what_adds_to_a_method_may_read_maps():
-    class More(BYOT, registered=False):
-        pass
-
-    assert More.reads_maps and not BYOT.reads_maps
 
 
 def test_a_name_belongs_to_one_method(own_method):

@@ -82,8 +82,8 @@ def test_demands_of_the_parts(build, name, settings, detach_exits, min_exits):
 def test_every_parameter_gets_a_gradient(build, batch, name, settings):
     """Several processes wait for each of them."""
     model, method = build().train(), get_method(name, **settings)
-    model.detach_exits, model.scaffold = method.detach_exits, method.scaffold(model)
-    terms = method(model(batch["pixel_values"]), batch["labels"], 0.0)
+    method.attach(model)
+    terms = method.terms(model(batch["pixel_values"]), batch["labels"], 0.0)
     sum(terms.values()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
@@ -91,6 +91,7 @@ def test_every_parameter_gets_a_gradient(build, batch, name, settings):
 def test_maps_are_returned_if_one_method_reads_them():
     class Reader(Method, registered=False):
         name = "reader"
+        reads_maps = True
 
     byot = get_method("byot")
     assert Combination(methods=(byot, Reader())).reads_maps

@@ -4,13 +4,13 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from parallel import run_in_processes
 from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
 from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, get_method
 from hf_selfkd.functional import hash_loss, hash_projection, is_right, masked_mean, median_bias, mse, squared_error
 from hf_selfkd.methods.lsh import LSH
+from tests.helpers.processes import run_in_processes
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 32}
 SWIN |= {"patch_size": 2, "window_size": 4}

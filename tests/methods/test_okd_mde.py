@@ -27,7 +27,7 @@ def close(value, expected):
 def with_students(student_logits, ensemble_logits, overlap=0.0):
     """Return what a model answers whose scaffold computed this."""
     scaffold = {
-        "student_logits": tuple(student_logits),
+        "branch_logits": tuple(student_logits[1:]),
         "ensemble_logits": ensemble_logits,
         "overlap": torch.as_tensor(overlap),
     }
@@ -191,16 +191,11 @@ def test_disagreement(vector):
 
 def test_students_differ_from_the_start(trained, batch):
     method, model = trained()
-    logits = model(batch["pixel_values"]).scaffold["student_logits"]
+    output = model(batch["pixel_values"])
+    logits = (output.logits, *output.scaffold["branch_logits"])
     assert len(logits) == 3
     for a, b in permutations(logits, 2):
         assert (a - b).abs().max() > 1e-2
-
-
-def test_the_shipped_network_is_a_student(trained, batch):
-    method, model = trained()
-    output = model(batch["pixel_values"])
-    assert output.scaffold["student_logits"][0] is output.logits
 
 
 def test_gates_add_up_to_one_and_depend_on_every_student():
@@ -284,7 +279,8 @@ def test_any_branch_is_a_plain_model(trained, train, images, batch, tmp_path, ba
     model = trainer.model.eval()
     pixel_values = batch["pixel_values"]
     with torch.no_grad():
-        answers = model.scaffold(pixel_values, model(pixel_values, output_hidden_states=True))["student_logits"]
+        output = model(pixel_values, output_hidden_states=True)
+        answers = (output.logits, *model.scaffold(pixel_values, output)["branch_logits"])
         for student in range(3):
             branch = model.scaffold.to_model(model, student)
             assert torch.equal(branch(pixel_values).logits, answers[student])
@@ -348,11 +344,13 @@ def test_exits_are_the_students_where_the_last_stage_cannot_be_copied(no_chain, 
         method, model = trained()
     assert "OKDMDE takes the 4 exits as students instead." in caplog.text
     output = model(batch["pixel_values"])
-    *exit_logits, own_logits = output.exit_logits
-    assert output.scaffold["student_logits"] == (own_logits, *exit_logits)
+    assert "branch_logits" not in output.scaffold
     weights = [head.classifier.weight for head in model.exits] + [model.backbone.fc.weight]
     close(output.scaffold["overlap"].detach(), gram_overlap(weights).detach())
-    add(method(output, batch["labels"], 0.0).values()).backward()
+    terms = method.terms(output, batch["labels"], 0.0)
+    torch.testing.assert_close(terms["students"], cross_entropy(output.exit_logits[:-1], batch["labels"]))
+    assert "exits" not in terms
+    add(terms.values()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 

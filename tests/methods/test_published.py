@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe import PLAIN_SGD
-from test_contract import METHODS
 from transformers import TrainingArguments
 
 from hf_selfkd import SelfDistillationTrainer
+from tests.helpers.methods import METHODS
+from tests.helpers.recipe import PLAIN_SGD
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import published

@@ -1,0 +1,6 @@
+"""Trained models in use: pipelines and files for other runtimes."""
+
+from .export_exit import StaticExit, export_exit
+from .pipeline import EarlyExitPipeline
+
+__all__ = ["EarlyExitPipeline", "StaticExit", "export_exit"]

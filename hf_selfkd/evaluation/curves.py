@@ -1,0 +1,130 @@
+"""What early exit earns: curves of accuracy against cost, as rows, tables and pictures."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..calibration.calibrate import gather_evidence, solve
+
+
+@torch.no_grad()
+def collect_logits(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Run all exits on labelled images.
+
+    Args:
+        model: A multi-exit model for classification, in eval mode.
+        batches: Dictionaries with ``pixel_values`` and ``labels``, such as a ``DataLoader`` yields.
+
+    Returns:
+        Logits ``(exits, images, classes)`` in float32 and labels ``(images,)``, on the CPU.
+
+    Raises:
+        ValueError: If the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("collect_logits needs a model in eval mode, but it is in training mode. Call model.eval().")
+    logits, labels = [], []
+    for batch in batches:
+        targets = batch["labels"].to(model.device)
+        output = model(batch["pixel_values"].to(model.device), labels=targets)  # labels: all exits, whatever config
+        logits.append(torch.stack(output.exit_logits).float().cpu())
+        labels.append(targets.cpu())
+    return torch.cat(logits, dim=1), torch.cat(labels)
+
+
+def anytime_curve(exit_logits: Tensor, labels: Tensor, costs: Sequence[float]) -> list[dict[str, float]]:
+    """Return accuracy and cost of each exit alone: what a network gives that may be stopped at any time.
+
+    Args:
+        exit_logits: ``(exits, images, classes)``.
+        labels: Class indices ``(images,)``.
+        costs: Cost of an image that leaves at each exit.
+
+    Returns:
+        Rows with ``exit``, ``cost``, ``share`` of the full cost, and ``accuracy``.
+    """
+    return [
+        {
+            "exit": exit,
+            "cost": cost,
+            "share": cost / costs[-1],
+            "accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
+        }
+        for exit, (logits, cost) in enumerate(zip(exit_logits, costs, strict=True))
+    ]
+
+
+def budgeted_curve(
+    exit_logits: Tensor,
+    labels: Tensor,
+    costs: Sequence[float],
+    test_logits: Tensor,
+    test_labels: Tensor,
+    *,
+    targets: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    criterion: str = "confidence",
+) -> list[dict[str, float]]:
+    """Return accuracy against mean cost as the budget varies (MSDNet, Huang et al. 2018, budgeted classification).
+
+    Args:
+        exit_logits: Logits that policies are calibrated on, ``(exits, images, classes)``.
+        labels: Their labels.
+        costs: Cost of an image that leaves at each exit.
+        test_logits: Logits of other images, that policies are judged on.
+        test_labels: Their labels.
+        targets: Budgets as shares of the full cost; those below the cheapest exit's are left out.
+        criterion: What policies decide by.
+
+    Returns:
+        Rows with ``target``, ``cost``, ``share`` of the full cost, and ``accuracy``.
+    """
+    policy, evidence = gather_evidence(exit_logits, labels, costs, criterion)
+    rows = []
+    for target in targets:
+        if target >= evidence.costs.min():
+            best = solve(policy, evidence, target_cost=target)
+            _, found = gather_evidence(test_logits, test_labels, costs, policy=best)
+            accuracy, share = found.measure(list(best.thresholds))
+            rows.append({"target": target, "cost": share * costs[-1], "share": share, "accuracy": accuracy})
+    return rows
+
+
+def to_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Format rows as a Markdown table, one column per key.
+
+    Example:
+        >>> print(to_table([{"exit": 0, "accuracy": 0.51239}]))
+        | exit | accuracy |
+        | --- | --- |
+        | 0 | 0.5124 |
+    """
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(row.get(key, "")) for key in rows[0]] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(str(value).replace("|", "\\|").split("\n"))
+
+
+def plot_curves(curves: dict[str, Sequence[dict[str, float]]], path: str) -> None:
+    """Draw accuracy against the share of the full cost.
+
+    Args:
+        curves: Rows of :func:`anytime_curve` and :func:`budgeted_curve`, by the name in the legend.
+        path: Where the picture goes; its ending decides the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in curves.items():
+        axes.plot([row["share"] for row in rows], [row["accuracy"] for row in rows], marker="o", label=name)
+    axes.set_xlabel("mean cost, share of the full network")
+    axes.set_ylabel("accuracy")
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,75 @@
+"""Accuracy and calibration of every exit as a metric of the `evaluate` library."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+from .classification import reduce_to_answers, summarise_answers
+
+_DESCRIPTION = "Cross-entropy, accuracy and expected calibration error of every exit and of their ensemble."
+
+_INPUTS = """
+Args:
+    predictions: Logits of all exits, shallow to deep, (images, exits, classes).
+    references: Class indices, (images,); -100 where there is no label.
+
+Returns:
+    loss, accuracy and calibration_error of the deepest exit, the same of every exit (accuracy_exit_0, ...), and
+    accuracy_ensemble and calibration_error_ensemble of the mean of all logits.
+"""
+
+
+class MultiExitAccuracy(evaluate.Metric):
+    """Cross-entropy, accuracy and expected calibration error of every exit and of their ensemble.
+
+    The numbers are those that the trainer reports. Nothing is downloaded: use the class itself, alone or in
+    ``evaluate.combine``, and never ``evaluate.load``. Logits ``(images, exits, classes)`` are reduced as they come, so
+    that neither memory nor the cache file grows with the number of classes.
+
+    Example:
+        >>> metric = MultiExitAccuracy(keep_in_memory=True)
+        >>> found = metric.compute(predictions=[[[2.0, 0.0], [3.0, 0.0]], [[1.0, 0.0], [0.0, 4.0]]], references=[0, 1])
+        >>> found["accuracy_exit_0"], found["accuracy"], found["accuracy_ensemble"]
+        (0.5, 1.0, 1.0)
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.List(datasets.List(datasets.Value("float32"))),
+                    "references": datasets.Value("int64"),
+                }
+            ),
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs) -> None:
+        """Add logits ``(images, exits, classes)`` and labels ``(images,)``.
+
+        Raises:
+            ValueError: If the shapes are others.
+        """
+        logits, labels = torch.as_tensor(predictions), torch.as_tensor(references)
+        if logits.ndim != 3 or labels.shape != logits.shape[:1]:
+            raise ValueError(
+                "MultiExitAccuracy needs logits shaped (images, exits, classes) and as many class indices, but got "
+                f"{tuple(logits.shape)} and {tuple(labels.shape)}. Stack the exits' logits along dimension 1."
+            )
+        answers = reduce_to_answers(logits.unbind(dim=1), labels)
+        super().add_batch(predictions=answers.cpu().numpy(), references=labels.cpu().numpy(), **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs) -> None:
+        """Add logits ``(exits, classes)`` and the label of one image."""
+        # evaluate.combine passes them under the names of a batch.
+        prediction, reference = kwargs.get("predictions", prediction), kwargs.get("references", reference)
+        self.add_batch(predictions=torch.as_tensor(prediction)[None], references=torch.as_tensor(reference)[None])
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        labelled = np.asarray(references) != -100
+        return summarise_answers(np.asarray(predictions)[labelled])

@@ -1,0 +1,73 @@
+"""Methods by their names: alone, and several at once."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from .base import _METHODS, Method
+from .combination import Combination
+
+
+def list_methods() -> list[str]:
+    """List the names of all methods, sorted."""
+    return sorted(_METHODS)
+
+
+def get_method(name: str, **hyper_parameters) -> Method:
+    """Create a method by its name.
+
+    Args:
+        name: One of :func:`list_methods`, or several joined as in ``"eed+lsh"``.
+        hyper_parameters: Fields of the method; what is left out keeps the paper's value. Of several methods, a
+            dictionary for each: ``get_method("eed+lsh", lsh={"mimic_weight": 5.0})``.
+
+    Raises:
+        ValueError: If there is no such method or hyper-parameter, or a value is out of range.
+
+    Example:
+        >>> get_method("byot", alpha=0.5)
+        BYOT(alpha=0.5, temperature=3.0, hint_weight=0.03)
+    """
+    if "+" in name:
+        return combine(name.split("+"), hyper_parameters)
+    if name not in _METHODS:
+        raise ValueError(f"Unknown method '{name}'.{_near(name, _METHODS)} Available: {', '.join(list_methods())}.")
+    method = _METHODS[name]
+    check_hyper_parameters(method.__name__, hyper_parameters, [field.name for field in fields(method)])
+    return method(**hyper_parameters)
+
+
+def check_hyper_parameters(owner: str, given: Iterable[str], known: list[str]) -> None:
+    """Raise ValueError if ``owner`` has no hyper-parameter of a name that was given."""
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"{owner} has no hyper-parameter '{name}'.{_near(name, known)} "
+                f"Available: {', '.join(known) or 'none'}."
+            )
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, words, n=1)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def combine(names: list[str], hyper_parameters: dict[str, dict[str, Any]]) -> Combination:
+    """Create a combination.
+
+    Args:
+        names: Names of methods, each once.
+        hyper_parameters: For each name, the fields that differ from the paper's values.
+
+    Raises:
+        ValueError: If a name comes twice, is unknown or has no such hyper-parameter.
+    """
+    joined = "+".join(names)
+    if len(set(names)) < len(names):
+        raise ValueError(f"A combination names each method once, but got '{joined}'.")
+    check_hyper_parameters(joined, hyper_parameters, names)
+    for name, given in hyper_parameters.items():
+        if not isinstance(given, dict):
+            raise ValueError(f"'{joined}' takes the hyper-parameters of {name} as a dictionary, but got {given!r}.")
+    return Combination(methods=tuple(get_method(name, **hyper_parameters.get(name, {})) for name in names))

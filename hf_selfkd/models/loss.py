@@ -1,0 +1,103 @@
+"""The label loss of every exit, and how losses are averaged: what a model needs of the arithmetic of the methods.
+
+Everything that exponentiates or divides runs in float32, also under autocast. Losses are means per sample, so that
+nothing depends on batch size, gradient accumulation or number of processes. For segmentation they are means over the
+labelled pixels of an image, then over images. Means over some of the samples (the labelled ones, those that a teacher
+gets right) are over those of the micro-batch; under :func:`counted_over_processes` over those of all its processes.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+_counting = threading.local()
+
+
+@contextmanager
+def counted_over_processes() -> Iterator[None]:
+    """Make the gradients of means over some of the samples right when data-parallel processes average them.
+
+    Two processes with 1 and 3 labelled images must not weigh them 3 to 1. A sum is divided by the number of such
+    samples that a process has on average, so that the average over processes is the mean over the whole batch. All
+    processes must compute their losses under it; without a process group, or with one process, it changes nothing.
+    """
+    _counting.over_processes = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    try:
+        yield
+    finally:
+        _counting.over_processes = False
+
+
+def _number(mask: Tensor) -> Tensor:
+    """What to divide a sum over ``mask`` by, see :func:`counted_over_processes`; never 0."""
+    count = mask.sum()
+    if not getattr(_counting, "over_processes", False):
+        return count.clamp(min=1)
+    dist.all_reduce(count)
+    return count.clamp(min=1) / dist.get_world_size()
+
+
+def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Mean cross-entropy over what is labelled; 0 where nothing is.
+
+    Args:
+        logits: ``(batch, classes)`` or ``(batch, classes, height, width)``, which is interpolated to the size of
+            the labels; or a sequence of such tensors, whose losses are added up.
+        labels: Class indices ``(batch,)`` or ``(batch, height, width)``, -100 where there is no label; or class
+            probabilities shaped like ``logits``, as label smoothing, mixup and cutmix make them.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If ``labels`` has neither of these shapes.
+    """
+    is_soft = labels.is_floating_point()
+    labels = labels.float() if is_soft else labels.long()
+    is_map = labels.dim() == 3
+    # One after the other, so that only one student's logits are held at the size of the labels.
+    loss = add(_cross_entropy(student, labels, "none" if is_map else "sum") for student in _several(logits))
+    if is_map:
+        return _pixel_mean(loss, labels != -100)
+    return loss / _number(labels.sum(dim=1) > 0 if is_soft else labels != -100)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    logits = logits.float()
+    if logits.dim() == 4:
+        logits = resize_logits(logits, labels.shape[-2:])
+    indices_shape = logits.shape[:1] + logits.shape[2:]
+    if labels.shape != (logits.shape if labels.is_floating_point() else indices_shape):
+        raise ValueError(
+            f"labels must be class indices shaped {tuple(indices_shape)} or class probabilities shaped "
+            f"{tuple(logits.shape)}, but got {labels.dtype} labels shaped {tuple(labels.shape)}."
+        )
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
+
+
+def _several(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [logits] if isinstance(logits, Tensor) else logits
+
+
+def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Interpolate logits ``(batch, classes, height, width)`` bilinearly to another height and width."""
+    if logits.shape[-2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _pixel_mean(values: Tensor, mask: Tensor) -> Tensor:
+    counts = mask.flatten(1).sum(dim=1).clamp(min=1)
+    return ((values * mask).flatten(1).sum(dim=1) / counts).mean()
+
+
+def add(terms: Iterable[Tensor]) -> Tensor:
+    """Sum tensors into one; none of them gives a 0 tensor, so that a term is always a tensor."""
+    terms = list(terms)
+    return reduce(torch.add, terms) if terms else torch.zeros(())

@@ -1,0 +1,195 @@
+"""From the name of a timm model to a backbone for exits, and the configuration that rebuilds it."""
+
+import copy
+import difflib
+from typing import Any
+
+import timm
+from timm.layers import ClassifierHead
+from timm.models import get_arch_pretrained_cfgs, parse_model_name
+from torch import nn
+
+from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
+from .dry_run import input_shape
+from .timm_quirks import _STEM_POOLS
+
+
+def create_backbone(
+    name: str, *, num_classes: int | None, small_input_stem: bool, exit_width: int | None, **kwargs
+) -> nn.Module:
+    """Create a timm model that exits can be attached to.
+
+    Args:
+        name: What ``timm.create_model`` takes.
+        num_classes: Number of classes, ``None`` for timm's own.
+        small_input_stem: Whether to replace the stem by one for 32-pixel images.
+        exit_width: Width to project the pre-logits to, ``None`` to leave them alone.
+        kwargs: Passed to ``timm.create_model``.
+
+    Raises:
+        ValueError: If timm does not know the name, the model has no ``feature_info`` or no classifier, or its stem
+            or classifier cannot be changed.
+    """
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    _check_name(name)
+    backbone = timm.create_model(name, **kwargs)
+    if not getattr(backbone, "feature_info", None):
+        raise ValueError(
+            f"timm model '{name}' has no feature_info, so it cannot be given exits. Choose a model for which "
+            "timm.create_model(name).feature_info names the stages, or give the class that attribute."
+        )
+    if not hasattr(backbone, "get_classifier"):
+        raise ValueError(
+            f"timm model '{name}' is an encoder without a classifier, so it has no deepest exit. Choose a model "
+            f"with get_classifier(){_classifier_of(name)}."
+        )
+    if backbone.num_classes == 0:
+        raise ValueError(f"timm model '{name}' has no classes of its own. Give num_labels.")
+    if small_input_stem:
+        _shrink_stem(backbone, name)
+    if exit_width is not None:
+        _project_features(backbone, name, exit_width)
+    return backbone
+
+
+def _check_name(name: str) -> None:
+    """Raise if a name without a source such as ``hf-hub:`` is not among timm's architectures and their tags."""
+    source, architecture = parse_model_name(name)
+    architecture, _, tag = architecture.partition(".")
+    if source is not None:
+        return
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise ValueError(
+            f"Unknown timm model '{name}'. "
+            + (f"Did you mean {' or '.join(repr(match) for match in near)}?" if near else "See timm.list_models().")
+        )
+    tags = [known.partition(".")[2] for known in get_arch_pretrained_cfgs(architecture)]
+    if tag and tag not in tags:
+        raise ValueError(f"timm model '{architecture}' has no tag '{tag}'. Available: {', '.join(tags) or 'none'}.")
+
+
+def _classifier_of(name: str) -> str:
+    classifier = name.partition(".")[0].removesuffix("_enc")
+    return f", such as '{classifier}'" if ":" not in name and timm.is_model(classifier) else ""
+
+
+def _shrink_stem(backbone: nn.Module, name: str) -> None:
+    """Make the first convolution 3x3 with stride 1, keeping its weights if it is 3x3, and drop the pooling behind."""
+    path = backbone.pretrained_cfg.get("first_conv")
+    conv = backbone.get_submodule(path) if isinstance(path, str) else None
+    if not isinstance(conv, nn.Conv2d) or conv.stride in ((1, 1), conv.kernel_size):
+        raise ValueError(
+            f"small_input_stem needs a backbone that starts with a strided convolution, but '{name}' does not. "
+            "For patch-based models give backbone_kwargs such as {'img_size': 32, 'patch_size': 4}."
+        )
+    if conv.kernel_size == (3, 3):
+        conv.stride = (1, 1)
+    else:
+        small = type(conv)(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+        nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+        backbone.set_submodule(path, small)
+    modules = dict(backbone.named_modules())
+    for pool in _STEM_POOLS:
+        if pool in modules and getattr(modules[pool], "stride", None) not in (1, (1, 1)):
+            backbone.set_submodule(pool, nn.Identity())
+
+
+def _project_features(backbone: nn.Module, name: str, width: int) -> None:
+    """Put a linear projection to ``width`` and a new classifier in the place of the classifier (LSH, section 3.1)."""
+    classifier = backbone.get_classifier()
+    classifier = classifier.fc if isinstance(classifier, ClassifierHead) else classifier
+    if not isinstance(classifier, nn.Linear):
+        raise ValueError(
+            f"exit_width needs a backbone with one linear classifier, but that of '{name}' is a "
+            f"{type(classifier).__name__}. Leave exit_width at None."
+        )
+    if width == classifier.in_features:
+        return
+    path = next(path for path, module in backbone.named_modules() if module is classifier)
+    projection = nn.Linear(classifier.in_features, width)
+    backbone.set_submodule(path, nn.Sequential(projection, nn.Linear(width, classifier.out_features)))
+
+
+def data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
+    """Return what timm's ``resolve_data_config`` reads, as JSON has it."""
+    keys = ("architecture", "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "fixed_input_size")
+    cfg = {key: backbone.pretrained_cfg[key] for key in keys if key in backbone.pretrained_cfg}
+    channels, *size = input_shape(backbone)
+    cfg["input_size"] = (channels, *([32, 32] if small_input_stem else size))
+    if small_input_stem:
+        cfg["crop_pct"] = 1.0
+    for name in ("mean", "std"):
+        if channels != len(cfg[name]):  # timm averages the stem's weights over channels, or repeats them
+            cfg[name] = [sum(cfg[name]) / len(cfg[name])] * channels
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.items()}
+
+
+def create_recorded(
+    name: str, pretrained: bool, num_labels: int | None, fields: dict[str, Any], exit_width: int | None = None
+) -> tuple[MultiExitConfig, nn.Module]:
+    """Build a timm model, and the configuration that rebuilds it.
+
+    Args:
+        name: All that ``timm.create_model`` takes.
+        pretrained: Whether to fetch timm's weights.
+        num_labels: Number of classes; ``None`` keeps timm's classifier and, if pretrained, its label names.
+        fields: Fields of :class:`MultiExitConfig`.
+        exit_width: Of the pre-logits, see :func:`create_backbone`.
+
+    Raises:
+        ValueError: If ``fields`` give the number of classes a second time.
+    """
+    fields = dict(fields)
+    given = dict(fields.pop("backbone_kwargs", None) or {})
+    if "num_classes" in given:
+        raise ValueError("Give the number of classes as num_labels, not in backbone_kwargs.")
+    backbone = create_backbone(
+        name,
+        num_classes=num_labels,
+        small_input_stem=fields.get("small_input_stem", False),
+        exit_width=exit_width,
+        pretrained=pretrained,
+        **given,
+    )
+    labels = {"num_labels": backbone.num_classes}
+    if pretrained and num_labels is None and "id2label" not in fields:
+        labels = label_names(backbone) or labels
+    return MultiExitConfig(**describe(backbone, name, pretrained, given), **(labels | fields)), backbone
+
+
+def describe(backbone: nn.Module, name: str, pretrained: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a configuration that rebuild the backbone, with what a Hub repository brought.
+
+    Args:
+        backbone: What timm built.
+        name: What it was built from; of a Hub repository or folder the tag is not timm's and left out.
+        pretrained: Whether it has the weights that its tag names.
+        given: The arguments it was built with.
+    """
+    architecture, tag = backbone.pretrained_cfg["architecture"], backbone.pretrained_cfg.get("tag")
+    recorded = {**getattr(backbone, "_model_args", {}), **given}
+    kept = {key: value for key, value in recorded.items() if key not in REFUSED_BACKBONE_KWARGS}
+    from_file = backbone.pretrained_cfg.get("file") or "checkpoint_path" in given
+    return {
+        "backbone": f"{architecture}.{tag}" if pretrained and tag and ":" not in name else architecture,
+        "backbone_kwargs": copy.deepcopy(kept),
+        # Where transformers notes what a model was loaded from; the model card calls it the base model.
+        "name_or_path": (backbone.pretrained_cfg.get("hf_hub_id") or "") if pretrained and not from_file else "",
+    }
+
+
+def label_names(backbone: nn.Module) -> dict[str, Any] | None:
+    """Return ImageNet's label names where timm knows that the weights answer with them."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    cfg = backbone.pretrained_cfg
+    if cfg.get("label_names"):
+        names = list(cfg["label_names"])
+    elif subset := infer_imagenet_subset({**cfg, "num_classes": backbone.num_classes}):
+        names = ImageNetInfo(subset).label_descriptions()
+    else:
+        return None
+    id2label = dict(enumerate(names))
+    return {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}

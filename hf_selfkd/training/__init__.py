@@ -1,0 +1,8 @@
+"""What only trains and never ships: the trainer, its callbacks, checkpoints and data."""
+
+from .checkpoints import find_last_checkpoint
+from .seeded_data import SeededDataset
+from .streaming import SeededStream
+from .trainer import SelfDistillationTrainer
+
+__all__ = ["SeededDataset", "SeededStream", "SelfDistillationTrainer", "find_last_checkpoint"]

@@ -1,0 +1,275 @@
+import itertools
+import math
+import resource
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_selfkd import ExitPolicy, calibrate
+from hf_selfkd.calibration.calibrate import gather_evidence
+from hf_selfkd.calibration.risk_control import best_stake, betting_p_value, binomial_p_value
+from hf_selfkd.calibration.search import Evidence, combinations
+from hf_selfkd.models.exit_policy import CRITERIA
+
+COSTS = [0.2, 0.45, 0.8, 1.0]
+
+
+def make_logits(num_images=1500, classes=10, exits=4, seed=0):
+    """Over-confident exits of growing skill, that err on the same images more often than not."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (num_images,), generator=generator)
+    hardness = torch.randn(num_images, generator=generator)
+    shared = torch.randn(num_images, classes, generator=generator)
+    exit_logits = []
+    for skill in torch.linspace(1.5, 3, exits):
+        logits = 0.7 * shared + 0.7 * torch.randn(num_images, classes, generator=generator)
+        logits[torch.arange(num_images), labels] += (skill - 0.9 * hardness).clamp(min=0.1)
+        exit_logits.append(2.5 * logits)
+    return torch.stack(exit_logits), labels
+
+
+def judge(policy, exit_logits, labels, costs=COSTS):
+    exit_index, logits = policy.decide(exit_logits)
+    accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
+    return accuracy, torch.tensor(costs, dtype=torch.float64)[exit_index].mean().item() / costs[-1]
+
+
+def best_of_all_combinations(exit_logits, labels, temperatures, levels=25):
+    """Return accuracy and cost of every combination of quantiles, the slow way: one policy after the other."""
+    scores = [F.softmax(z / t, 1).amax(1) for z, t in zip(exit_logits[:-1], temperatures, strict=False)]
+    correct = (exit_logits.argmax(dim=2) == labels).double()
+    costs = torch.tensor(COSTS, dtype=torch.float64)
+    grids = [[*torch.quantile(score, torch.linspace(0, 1, levels)).tolist(), 2.0] for score in scores]
+    found = []
+    for thresholds in itertools.product(*grids):
+        exit_index = torch.full((len(labels),), 3)
+        for exit in (2, 1, 0):
+            exit_index[scores[exit] >= thresholds[exit]] = exit
+        found.append((correct.gather(0, exit_index[None]).mean().item(), costs[exit_index].mean().item()))
+    return torch.tensor(found)
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return make_logits()
+
+
+@pytest.fixture(scope="module")
+def every_combination(logits):
+    exit_logits, labels = logits
+    policy, _ = gather_evidence(exit_logits, labels, COSTS)
+    return best_of_all_combinations(exit_logits, labels, policy.temperatures, levels=20)
+
+
+def test_temperatures_minimise_cross_entropy(logits):
+    exit_logits, labels = logits
+    policy, _ = gather_evidence(exit_logits, labels, COSTS)
+    for z, temperature in zip(exit_logits.double(), policy.temperatures, strict=True):
+        inverse = torch.tensor(1 / temperature, dtype=torch.float64, requires_grad=True)
+        loss = F.cross_entropy(z * inverse, labels)
+        (slope,) = torch.autograd.grad(loss, inverse)
+        assert abs(slope.item()) < 1e-3
+        for other in (0.9 * temperature, 1.1 * temperature):
+            assert loss < F.cross_entropy(z / other, labels)
+
+
+def test_temperature_of_logits_that_are_never_wrong_is_bounded():
+    exit_logits = F.one_hot(torch.arange(30) % 5, 5).float().expand(2, 30, 5)
+    policy, _ = gather_evidence(exit_logits, torch.arange(30) % 5, [1, 2])
+    assert all(0.01 <= temperature < 0.1 for temperature in policy.temperatures)
+
+
+@pytest.mark.parametrize("target", [0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_a_budget_is_kept_and_spent_as_well_as_by_exhaustive_search(logits, every_combination, target):
+    policy = calibrate(*logits, COSTS, target_cost=target)
+    accuracy, cost = judge(policy, *logits)
+    assert cost <= target + 1e-9
+    best = every_combination[every_combination[:, 1] <= target, 0].max().item()
+    assert accuracy >= best - 0.002
+    assert policy.calibration["expected_accuracy"] == pytest.approx(accuracy)
+    assert policy.calibration["expected_cost"] == pytest.approx(cost)
+    assert policy.calibration["demand"] == {"target_cost": target} and policy.calibration["samples"] == 1500
+
+
+@pytest.mark.parametrize("drop", [0.005, 0.01, 0.02, 0.05])
+def test_an_accuracy_drop_is_kept_at_the_least_cost(logits, every_combination, drop):
+    policy = calibrate(*logits, COSTS, max_accuracy_drop=drop)
+    accuracy, cost = judge(policy, *logits)
+    full = policy.calibration["full_accuracy"]
+    assert accuracy >= full - drop - 1e-9
+    best = every_combination[every_combination[:, 0] >= full - drop, 1].min().item()
+    assert cost <= best + 0.002
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion(logits, criterion):
+    policy = calibrate(*logits, COSTS, target_cost=0.7, criterion=criterion)
+    assert policy.criterion == criterion
+    accuracy, cost = judge(policy, *logits)
+    assert cost <= 0.7
+    assert accuracy == pytest.approx(policy.calibration["expected_accuracy"])
+    assert accuracy > judge(ExitPolicy(criterion=criterion, thresholds=[0, 0, 0]), *logits)[0]
+
+
+@pytest.mark.parametrize("exits", [2, 3, 6])
+def test_other_numbers_of_exits(exits):
+    exit_logits, labels = make_logits(600, exits=exits)
+    costs = torch.linspace(0.2, 1, exits).tolist()
+    policy = calibrate(exit_logits, labels, costs, target_cost=0.6)
+    accuracy, cost = judge(policy, exit_logits, labels, costs)
+    assert cost <= 0.6
+    alone = (exit_logits.argmax(dim=2) == labels).double().mean(dim=1)
+    assert accuracy >= max(alone[exit] for exit in range(exits) if costs[exit] <= 0.6)
+
+
+def test_costs_may_be_in_any_unit(logits):
+    by_share = calibrate(*logits, COSTS, target_cost=0.6)
+    by_milliseconds = calibrate(*logits, [37 * cost for cost in COSTS], target_cost=0.6)
+    assert by_share.thresholds == pytest.approx(by_milliseconds.thresholds)
+
+
+def test_all_combinations_are_counted_as_one_by_one():
+    scores = (torch.rand(3, 40) * 8).round() / 8  # many ties
+    evidence = Evidence(scores, (torch.rand(4, 40) > 0.5).double(), torch.tensor(COSTS, dtype=torch.float64), 2.0)
+    for first, count in [(0, 3), (1, 2), (0, 1), (2, 1)]:
+        thresholds = [0.6, 0.7, 0.3]
+        ranks = [evidence.separable(exit, torch.arange(0, 41, 8)) for exit in range(first, first + count)]
+        accuracies, costs = combinations(evidence, thresholds, first, ranks)
+        for places in itertools.product(range(6), repeat=count):
+            for offset, place in enumerate(places):
+                exit = first + offset
+                thresholds[exit] = evidence.thresholds[exit, ranks[offset][place]].item()
+            assert evidence.measure(thresholds) == pytest.approx((accuracies[places].item(), costs[places].item()))
+
+
+def test_ties_leave_together():
+    scores = torch.tensor([[0.5, 0.5, 0.5, 0.9]])
+    evidence = Evidence(scores, torch.ones(2, 4).double(), torch.tensor([0.5, 1.0]).double(), 2.0)
+    assert evidence.separable(0, torch.arange(5)).tolist() == [0, 1, 1, 1, 4]
+    assert [int(evidence.leaves([t]).sum()) for t in evidence.thresholds[0, [0, 1, 4]].tolist()] == [0, 1, 4]
+
+
+# The guarantee
+
+
+def test_p_values_are_rarely_small_where_the_risk_is_too_large():
+    """At the border of the claim at most a share delta of p-values may be delta or less, whatever the chances."""
+    generator = np.random.default_rng(0)
+    for lost, won in [(0.02, 0.0), (0.05, 0.03), (0.3, 0.28)]:
+        counts = generator.multinomial(1000, [lost, won, 1 - lost - won], size=4000)
+        stake, _ = best_stake(8, 5, 1000, 0.02)
+        p_values = np.array([betting_p_value(a, b, 1000, 0.02, stake) for a, b, _ in counts])
+        for delta in (0.05, 0.2):
+            assert (p_values <= delta).mean() <= delta + 0.01
+    losses = generator.binomial(1000, 0.02, size=4000)
+    p_values = np.array([binomial_p_value(int(lost), 1000, 0.02) for lost in losses])
+    assert 0.02 < (p_values <= 0.05).mean() <= 0.06  # exact, so hardly conservative
+
+
+def test_p_values_by_hand():
+    chances = [math.comb(20, k) * 0.1**k * 0.9 ** (20 - k) for k in range(4)]
+    assert binomial_p_value(3, 20, 0.1) == pytest.approx(sum(chances))
+    assert betting_p_value(1, 2, 10, 0.1, 0.5) == pytest.approx(1 / (0.55 * 1.55**2 * 1.05**7))
+    assert betting_p_value(10, 0, 10, 0.1, 0.5) == 1.0
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_guarantee_holds_on_new_images_and_saves_compute(labelled):
+    exit_logits, labels = make_logits(60_000)
+    reference = labels if labelled else exit_logits[-1].argmax(dim=1)
+    given, new = slice(0, 6000), slice(6000, None)
+    policy = calibrate(exit_logits[:, given], labels[given] if labelled else None, COSTS, max_risk=0.03, delta=0.05)
+    accuracy, cost = judge(policy, exit_logits[:, new], reference[new])
+    full = (exit_logits[-1, new].argmax(dim=1) == reference[new]).double().mean().item()
+    assert full - accuracy <= 0.03
+    assert cost < 0.95
+    assert policy.calibration["demand"] == {"max_risk": 0.03, "delta": 0.05}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_guarantee_fails_in_at_most_a_share_delta_of_splits(labelled):
+    exit_logits, labels = make_logits(20_000)
+    reference = labels if labelled else exit_logits[-1].argmax(dim=1)
+    full = (exit_logits[-1].argmax(dim=1) == reference).double().mean().item()
+    failed = 0
+    for split in range(200):
+        rows = torch.randint(20_000, (1500,), generator=torch.Generator().manual_seed(split))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            policy = calibrate(
+                exit_logits[:, rows], labels[rows] if labelled else None, COSTS, max_risk=0.03, delta=0.1
+            )
+        failed += full - judge(policy, exit_logits, reference)[0] > 0.03
+    assert failed / 200 <= 0.1
+
+
+# Demands that cannot be met, and what is refused
+
+
+@pytest.mark.parametrize("demand", [{"max_accuracy_drop": 0.0}, {"max_risk": 0.001}])
+def test_an_impossible_demand_lets_nobody_leave(demand):
+    labels = torch.arange(100) % 5
+    useless = torch.randn(100, 5) * 10
+    useless[torch.arange(100), labels] -= 1000.0
+    exit_logits = torch.stack([useless, F.one_hot(labels, 5).float()])
+    with pytest.warns(UserWarning, match="No setting lets images leave early within .* on 100 images, so nobody will"):
+        policy = calibrate(exit_logits, labels, [0.5, 1.0], **demand)
+    assert set(policy.decide(exit_logits)[0].tolist()) == {1}
+    assert policy.calibration["expected_cost"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "calibrate needs exactly one of target_cost, max_accuracy_drop and max_risk, but got none."),
+        ({"target_cost": 0.5, "max_risk": 0.1}, "but got target_cost, max_risk."),
+        ({"target_cost": 1.2}, "calibrate needs 0 < target_cost <= 1, but got target_cost=1.2."),
+        (
+            {"target_cost": 0.1},
+            "target_cost=0.1 is below the share 0.2 of the full cost that the cheapest exit needs.",
+        ),
+        ({"max_accuracy_drop": -0.1}, "calibrate needs 0 <= max_accuracy_drop <= 1, but got max_accuracy_drop=-0.1."),
+        ({"max_risk": 0.0}, "calibrate needs 0 < max_risk < 1, but got max_risk=0.0."),
+        ({"max_risk": 0.1, "delta": 1.0}, "calibrate needs 0 < delta < 1, but got delta=1.0."),
+        ({"target_cost": 0.5, "costs": [0.5, 1.0]}, "costs must name one cost per exit, 4 of them, but got 2."),
+        ({"target_cost": 0.5, "costs": [0.5, 0.0, 1, 1]}, "costs must be numbers above 0, but got [0.5, 0.0, 1, 1]."),
+        ({"target_cost": 0.5, "labels": torch.zeros(3)}, "labels must be 1500 class indices from 0 to 9, but got tor"),
+        ({"target_cost": 0.5, "criterion": "margins"}, "Unknown criterion 'margins'. Did you mean 'margin'?"),
+    ],
+)
+def test_bad_arguments(logits, arguments, words):
+    arguments = {"exit_logits": logits[0], "labels": logits[1], "costs": COSTS} | arguments
+    with pytest.raises(ValueError) as error:
+        calibrate(arguments.pop("exit_logits"), arguments.pop("labels"), arguments.pop("costs"), **arguments)
+    assert words in str(error.value)
+
+
+def test_bad_logits():
+    with pytest.raises(ValueError, match="exit_logits must be shaped .exits, images, classes. with two exits or more"):
+        calibrate(torch.randn(1, 20, 5), torch.zeros(20).long(), [1.0], target_cost=1.0)
+    broken = torch.randn(2, 20, 5)
+    broken[1, 3] = math.nan
+    with pytest.raises(ValueError, match="exit_logits of exit 1 hold NaN"):
+        calibrate(broken, torch.zeros(20).long(), [0.5, 1.0], target_cost=1.0)
+    with pytest.raises(ValueError, match="needs three images or more, but got 2"):
+        calibrate(torch.randn(2, 2, 5), torch.zeros(2).long(), [0.5, 1.0], target_cost=1.0)
+
+
+def test_memory_mapped_arrays_are_read_piece_by_piece(logits, tmp_path):
+    np.save(tmp_path / "logits.npy", logits[0].numpy())
+    mapped = np.load(tmp_path / "logits.npy", mmap_mode="r")
+    assert calibrate(mapped, logits[1].numpy(), COSTS, target_cost=0.6) == calibrate(*logits, COSTS, target_cost=0.6)
+
+
+@pytest.mark.slow
+def test_the_size_of_imagenet_needs_little_memory_beside_the_logits():
+    """50,000 images, 4 exits, 1,000 classes: 800 MB of logits, of which a few rows are copied at a time."""
+    exit_logits, labels = make_logits(50_000, classes=1000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes
+    policy = calibrate(exit_logits, labels, COSTS, target_cost=0.6)
+    assert policy.calibration["expected_cost"] <= 0.6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000

@@ -1,0 +1,100 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from transformers import EvalPrediction
+
+from hf_selfkd import MultiExitAccuracy
+from hf_selfkd.evaluation.classification import compute_exit_metrics
+
+
+@pytest.fixture
+def predictions():
+    """Return logits of three exits for twenty images, as the Trainer passes them, and labels, one of them missing."""
+    labels = torch.arange(20) % 4
+    labels[3] = -100
+    exit_logits = tuple((torch.randn(20, 4) + torch.eye(4)[torch.arange(20) % 4] * k).numpy() for k in (0.5, 1, 2))
+    return EvalPrediction(predictions=(exit_logits[-1], exit_logits), label_ids=labels.numpy())
+
+
+def stacked(predictions):
+    return np.stack(predictions.predictions[1], axis=1), predictions.label_ids
+
+
+@pytest.fixture
+def metric(tmp_path):
+    return MultiExitAccuracy(cache_dir=str(tmp_path))
+
+
+def test_the_numbers_are_the_trainers(metric, predictions):
+    logits, labels = stacked(predictions)
+    expected = compute_exit_metrics(predictions)
+    assert metric.compute(predictions=logits, references=labels) == pytest.approx(expected)
+    assert 0 < expected["accuracy_exit_0"] < expected["accuracy_exit_2"]
+
+
+def test_batches_and_single_images_add_up(metric, predictions, tmp_path):
+    logits, labels = stacked(predictions)
+    expected = compute_exit_metrics(predictions)
+    for start in range(0, 20, 8):
+        metric.add_batch(predictions=logits[start : start + 8].tolist(), references=labels[start : start + 8].tolist())
+    assert metric.compute() == pytest.approx(expected)
+    in_memory = MultiExitAccuracy(keep_in_memory=True, cache_dir=str(tmp_path))
+    for image, label in zip(logits, labels, strict=True):
+        in_memory.add(prediction=torch.tensor(image), reference=int(label))
+    assert in_memory.compute() == pytest.approx(expected)
+    assert in_memory.compute(predictions=logits, references=labels) == pytest.approx(expected)  # it starts anew
+
+
+class Confidence(evaluate.Metric):
+    """Another metric of the same logits."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="", citation="", features=MultiExitAccuracy(keep_in_memory=True).features
+        )
+
+    def _compute(self, predictions, references):
+        return {"largest": float(np.max(predictions)), "accuracy": 0.0}
+
+
+def test_combined_with_another_metric(predictions, tmp_path):
+    logits, labels = stacked(predictions)
+    expected = compute_exit_metrics(predictions)
+    metrics = [metric(cache_dir=str(tmp_path)) for metric in (MultiExitAccuracy, Confidence)]
+    combined = evaluate.combine(metrics)
+    for add in (combined.add_batch, None):
+        if add is not None:
+            add(predictions=logits.tolist(), references=labels.tolist())
+        else:
+            for image, label in zip(logits.tolist(), labels.tolist(), strict=True):
+                combined.add(image, label)
+        found = combined.compute()
+        assert found["largest"] == pytest.approx(logits.max())
+        assert found["multi_exit_accuracy_accuracy"] == pytest.approx(expected["accuracy"])  # both have that name
+        assert found["accuracy_exit_0"] == pytest.approx(expected["accuracy_exit_0"])
+
+
+def test_processes_share_the_work(predictions, tmp_path):
+    logits, labels = stacked(predictions)
+
+    def work(process):
+        metric = MultiExitAccuracy(num_process=2, process_id=process, experiment_id="run", cache_dir=str(tmp_path))
+        return metric.compute(predictions=logits[process::2], references=labels[process::2])
+
+    with ThreadPoolExecutor(2) as pool:
+        found, nothing = pool.map(work, range(2))
+    assert nothing is None
+    assert found == pytest.approx(compute_exit_metrics(predictions))
+
+
+def test_shapes_that_do_not_fit(metric, predictions):
+    logits, labels = stacked(predictions)
+    with pytest.raises(
+        ValueError, match=r"needs logits shaped \(images, exits, classes\) .* but got \(20, 4\) and \(20,"
+    ):
+        metric.add_batch(predictions=logits[:, 0], references=labels)
+    with pytest.raises(ValueError, match=r"got \(3, 20, 4\) and \(20,\). Stack the exits' logits along dimension 1"):
+        metric.add_batch(predictions=np.swapaxes(logits, 0, 1), references=labels)

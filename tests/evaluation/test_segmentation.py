@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+
+from hf_selfkd.evaluation.segmentation import compute_pixel_metrics, reduce_to_pixel_counts
+from hf_selfkd.functional import resize_logits
+
+
+@pytest.fixture
+def answers():
+    """Logits of two exits and label maps with void; class 3 is never labelled and class 4 never answered."""
+    exit_logits = [torch.randn(5, 6, 4, 6), torch.randn(5, 6, 4, 6)]
+    for logits in exit_logits:
+        logits[:, 4] = -100.0
+    labels = torch.randint(0, 6, (5, 8, 12))
+    labels[labels == 3] = -100
+    labels[1] = -100
+    return exit_logits, labels
+
+
+def test_metrics_equal_those_of_scikit_learn(answers):
+    exit_logits, labels = answers
+    metrics = compute_pixel_metrics(reduce_to_pixel_counts(exit_logits, labels).numpy())
+    known = labels != -100
+    for name, logits in {"exit_0": exit_logits[0], "exit_1": exit_logits[1], "ensemble": sum(exit_logits) / 2}.items():
+        predicted = resize_logits(logits, (8, 12)).argmax(dim=1)[known].numpy()
+        labelled = labels[known].numpy()
+        matrix = confusion_matrix(labelled, predicted)
+        by_matrix = np.mean(np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix)))
+        assert metrics[f"mean_iou_{name}"] == pytest.approx(by_matrix, abs=1e-12)
+        assert metrics[f"mean_iou_{name}"] == pytest.approx(jaccard_score(labelled, predicted, average="macro"))
+        assert metrics[f"pixel_accuracy_{name}"] == pytest.approx(accuracy_score(labelled, predicted))
+    assert metrics["mean_iou"] == metrics["mean_iou_exit_1"]
+    assert metrics["pixel_accuracy"] == metrics["pixel_accuracy_exit_1"]
+
+
+def test_counts_are_the_diagonal_and_the_margins_of_the_confusion_matrix(answers):
+    exit_logits, labels = answers
+    counts = reduce_to_pixel_counts(exit_logits, labels)
+    assert counts.shape == (5, 3, 3, 6)
+    predicted = resize_logits(exit_logits[0], (8, 12)).argmax(dim=1)
+    for image in range(5):
+        known = labels[image] != -100
+        matrix = np.zeros((6, 6), dtype=int)
+        np.add.at(matrix, (labels[image][known].numpy(), predicted[image][known].numpy()), 1)
+        assert counts[image, 0].tolist() == [np.diag(matrix).tolist(), matrix.sum(0).tolist(), matrix.sum(1).tolist()]
+
+
+def test_counts_of_batches_add_up(answers):
+    exit_logits, labels = answers
+    whole = reduce_to_pixel_counts(exit_logits, labels)
+    parts = [
+        reduce_to_pixel_counts([logits[part] for logits in exit_logits], labels[part])
+        for part in (slice(2), slice(2, 5))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_nothing_labelled_gives_zero():
+    counts = reduce_to_pixel_counts([torch.randn(2, 3, 4, 4)], torch.full((2, 4, 4), -100))
+    assert set(compute_pixel_metrics(counts.numpy()).values()) == {0.0}

@@ -1,0 +1,40 @@
+"""The example that calibrates, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForImageClassification
+
+from hf_selfkd import EarlyExitOutput, ExitPolicy
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "early_exit.py"
+
+
+def test_a_checkpoint_learns_when_to_stop(hub, build, images, tmp_path):
+    folder = tmp_path / "model"
+    build(num_labels=10).save_pretrained(folder)
+    options = ["--dataset", "digits", "--max_eval_samples", "120", "--target_cost", "0.7"]
+    options += ["--push_to_hub", "--hub_private_repo", "--hub_revision", "stop"]
+    command = [sys.executable, str(EXAMPLE), "--checkpoint", str(folder), *options]
+    process = subprocess.run(command, capture_output=True, text=True, env=hub.environment(tmp_path / "home"))
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads((folder / "early_exit.json").read_text())
+    assert len(result["exits"]) == 4 and result["policy"]["calibration"]["demand"] == {"target_cost": 0.7}
+    assert (folder / "early_exit.png").stat().st_size > 1000
+    assert "| exit | cost | share | accuracy | calibration error |" in process.stdout
+    card = (folder / "README.md").read_text()
+    assert "Calibrated on 60 images for the best accuracy within 0.7 of the full cost." in card
+    assert f"On 60 other images: accuracy {100 * result['accuracy']:.2f} % at {result['cost']:.3f} of" in card
+    assert "![Accuracy against mean cost](early_exit.png)" in card
+    loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert ExitPolicy.from_dict(loaded.config.exit_policy).num_exits == 4
+    assert isinstance(loaded(images[0]["pixel_values"][None]), EarlyExitOutput)
+    assert (folder / "modeling.py").exists()  # the checkpoint is whole still
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
+    assert hub.repositories["ada/model"].private
+    files = hub.repositories["ada/model"].files("stop")
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()} | {
+        ".gitattributes": files[".gitattributes"]
+    }

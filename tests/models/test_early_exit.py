@@ -1,0 +1,577 @@
+import copy
+import json
+import math
+import multiprocessing
+import pickle
+import threading
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForImageClassification, pipeline
+
+from hf_selfkd import EarlyExitOutput, ExitPolicy, MultiExitForImageClassification, MultiExitOutput
+from hf_selfkd.deploy.pipeline import EarlyExitPipeline
+from hf_selfkd.models import hooks
+from hf_selfkd.models.early_exit import CPU_IMAGES_PER_THREAD
+from hf_selfkd.models.exit_policy import CRITERIA
+
+SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (1, 1, 1, 1),
+    "num_heads": (1, 2, 4, 8),
+}
+CHAINS = {
+    "test_resnet": {},
+    "test_vit": {"img_size": 32, "patch_size": 8},
+    "test_convnext": {},
+    "test_efficientnet": {},
+    "swin_tiny_patch4_window7_224": SWIN,  # NHWC maps
+    "deit_tiny_distilled_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 4},  # two classifiers
+    "tnt_s_legacy_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 4},  # several rows per image
+    "pit_ti_224": {"img_size": 32, "patch_size": 4, "stride": 2, "base_dims": (8, 8, 8)},  # stages end in tuples
+}
+every_chain = pytest.mark.parametrize(("name", "kwargs"), CHAINS.items(), ids=CHAINS)
+every_criterion = pytest.mark.parametrize("criterion", CRITERIA)
+
+
+def create(name="test_resnet", kwargs=None, **config):
+    torch.manual_seed(0)
+    return MultiExitForImageClassification.from_backbone(
+        name, backbone_kwargs=kwargs or {}, num_labels=5, **config
+    ).eval()
+
+
+def unlike_images(count=12):
+    return torch.randn(count, 3, 32, 32) * torch.linspace(0.2, 3, count).view(-1, 1, 1, 1)
+
+
+def spread_policy(exit_logits, criterion="confidence"):
+    """Return a policy by which images leave at every exit: the surer half of those which come."""
+    thresholds, history, stay = [], None, torch.ones(len(exit_logits[0]), dtype=torch.bool)
+    open_policy = ExitPolicy(criterion=criterion, thresholds=[0.0] * (len(exit_logits) - 1))
+    for exit, logits in enumerate(exit_logits[:-1]):
+        scores, _, history = open_policy.score(exit, logits, history)
+        surest = scores[stay].sort(descending=True).values
+        middle = max(1, len(surest) // 2)
+        thresholds.append(float(surest[middle - 1 : middle + 1].mean()) if len(surest) else 2.0)
+        stay &= scores < thresholds[-1]
+    return ExitPolicy(criterion=criterion, thresholds=thresholds)
+
+
+@torch.no_grad()
+def all_exits(model, images):
+    return model(images, output_hidden_states=True).exit_logits
+
+
+# The policy
+
+
+def test_scores_are_those_of_their_definitions():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    thresholds = {"thresholds": [0.5], "temperatures": [2.0, 1.0]}
+    weights = [math.exp(1.0), math.exp(0.5), 1.0]
+    first, second, third = (weight / sum(weights) for weight in weights)
+    entropy = -sum(p * math.log(p) for p in (first, second, third))
+    expected = {
+        "confidence": [first, 1 / 3],
+        "margin": [first - second, 0.0],
+        "entropy": [1 - entropy / math.log(3), 0.0],
+    }
+    for criterion, values in expected.items():
+        scores, confidence, _ = ExitPolicy(criterion=criterion, **thresholds).score(0, logits)
+        torch.testing.assert_close(scores, torch.tensor(values), atol=1e-6, rtol=0)
+        torch.testing.assert_close(confidence, torch.tensor([first, 1 / 3]))
+
+
+def test_patience_counts_exits_that_agreed():
+    answers = torch.tensor([[0, 1, 2], [0, 1, 0], [0, 0, 0], [0, 0, 1]])
+    exit_logits = nn.functional.one_hot(answers, 3).float()
+    policy = ExitPolicy(criterion="patience", thresholds=[1, 1, 2])
+    streaks, history = [], None
+    for exit, logits in enumerate(exit_logits):
+        scores, _, history = policy.score(exit, logits, history)
+        streaks.append(scores.tolist())
+    assert streaks == [[0, 0, 0], [1, 1, 0], [2, 0, 1], [3, 1, 0]]
+    exit_index, logits = policy.decide(exit_logits)
+    assert exit_index.tolist() == [1, 1, 3]
+    assert logits.argmax(dim=1).tolist() == [0, 1, 1]
+
+
+@every_criterion
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_saturated_softmax_gives_no_nan(criterion, dtype):
+    largest = torch.finfo(dtype).max
+    logits = torch.tensor(
+        [[largest, -largest, 0.0], [math.inf, 0.0, -math.inf], [math.inf, math.inf, 0.0], [90.0, -90.0, 0.0]]
+    ).to(dtype)
+    policy = ExitPolicy(criterion=criterion, thresholds=[1.0], temperatures=[0.05, 0.05])
+    scores, confidence, history = policy.score(0, logits)
+    scores, confidence, _ = policy.score(1, logits, history)
+    assert scores.dtype == confidence.dtype == torch.float32
+    assert scores.isfinite().all() and confidence.isfinite().all()
+    assert scores[[0, 1, 3]].tolist() == [1.0, 1.0, 1.0]  # the surest there are leave
+    assert policy.decide(torch.stack([logits, logits]))[0].tolist()[:2] == (
+        [1, 1] if criterion == "patience" else [0, 0]
+    )
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@every_criterion
+def test_few_classes(criterion, classes):
+    scores, confidence, _ = ExitPolicy(criterion=criterion, thresholds=[0.5]).score(0, torch.zeros(3, classes))
+    assert confidence.tolist() == [1 / classes] * 3
+    sure = {"confidence": 1 / classes, "patience": 0.0}.get(criterion, 2.0 - classes)
+    assert scores.tolist() == [sure] * 3
+
+
+@every_criterion
+def test_thresholds_at_both_ends(criterion):
+    exit_logits = torch.randn(3, 50, 5) * 20
+    never = 3.0 if criterion == "patience" else 1.0 + 1e-6
+    everyone = ExitPolicy(criterion=criterion, thresholds=[0, 0]).decide(exit_logits)
+    nobody = ExitPolicy(criterion=criterion, thresholds=[never, never]).decide(exit_logits)
+    assert everyone[0].tolist() == [0] * 50 and torch.equal(everyone[1], exit_logits[0])
+    assert nobody[0].tolist() == [2] * 50 and torch.equal(nobody[1], exit_logits[2])
+
+
+def test_decide_takes_arrays():
+    exit_logits = torch.randn(3, 20, 5)
+    policy = spread_policy(exit_logits)
+    exit_index, logits = policy.decide(exit_logits.numpy())
+    assert torch.equal(exit_index, policy.decide(list(exit_logits))[0])
+    assert set(exit_index.tolist()) == {0, 1, 2}
+    assert torch.equal(logits, exit_logits[exit_index, torch.arange(20)])
+
+
+def test_a_policy_survives_json():
+    policy = ExitPolicy(criterion="margin", thresholds=[0.1, 0.7], temperatures=[1.5, 1.2, 0.9], calibration={"a": 1})
+    fields = json.loads(json.dumps(policy.to_dict()))
+    assert fields.keys() == {"criterion", "thresholds", "temperatures", "calibration"}
+    assert ExitPolicy.from_dict(fields) == policy
+    assert "calibration" not in ExitPolicy(thresholds=[0.5]).to_dict()
+    assert ExitPolicy(thresholds=[0.5, 0.5]).temperatures == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"criterion": "entropie"},
+            "Unknown criterion 'entropie'. Did you mean 'entropy'? Available: confidence, ent",
+        ),
+        ({"thresholds": 0.5}, "thresholds must be a list of numbers at least 0, but got 0.5."),
+        ({"thresholds": [-0.1]}, "thresholds must be a list of numbers at least 0, but got [-0.1]."),
+        ({"thresholds": [math.nan]}, "thresholds must be a list of numbers at least 0, but got [nan]."),
+        ({"thresholds": [True]}, "thresholds must be a list of numbers at least 0, but got [True]."),
+        ({"temperatures": [1.0, 0.0]}, "temperatures must be a list of numbers above 0, but got [1.0, 0.0]."),
+        ({"temperatures": [1.0]}, "one more, but got 1 thresholds and 1 temperatures."),
+        ({"calibration": 3}, "calibration must be a dictionary or None, but got 3."),
+        ({"threshold": 3}, "An exit policy holds criterion, thresholds, temperatures and calibration, not threshold."),
+    ],
+)
+def test_a_bad_policy_is_refused(fields, words):
+    with pytest.raises(ValueError) as error:
+        ExitPolicy.from_dict({"criterion": "confidence", "thresholds": [0.5], "temperatures": [1.0, 1.0]} | fields)
+    assert words in str(error.value)
+
+
+def test_a_policy_without_its_keys_is_refused():
+    with pytest.raises(ValueError) as error:
+        ExitPolicy.from_dict({"thresholds": [0.5]})
+    assert "but criterion, temperatures is missing from ['thresholds']." in str(error.value)
+
+
+# Early exit
+
+
+@every_chain
+@every_criterion
+def test_early_exit_equals_running_all_exits_and_choosing(name, kwargs, criterion):
+    model, images = create(name, kwargs), unlike_images()
+    exit_logits = all_exits(model, images)
+    policy = spread_policy(exit_logits, criterion)
+    exit_index, logits = policy.decide(exit_logits)
+    if criterion != "patience":
+        assert len(set(exit_index.tolist())) == model.num_exits  # somebody leaves at every exit
+    confidence = torch.stack([policy.score(exit, logits)[1] for exit, logits in enumerate(exit_logits)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = model.early_exit(images, policy)
+    assert isinstance(output, EarlyExitOutput)
+    assert torch.equal(output.exit_index, exit_index)
+    torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.confidence, confidence[exit_index, torch.arange(12)], atol=1e-5, rtol=1e-5)
+    for row in (0, 7, 11):
+        single = model.early_exit(images[row : row + 1], policy)
+        assert single.exit_index.tolist() == [exit_index[row]]
+        torch.testing.assert_close(single.logits[0], logits[row], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_keep_the_order_of_the_input():
+    model, images = create(), unlike_images()
+    policy = spread_policy(all_exits(model, images))
+    order = torch.randperm(12)
+    output, shuffled = model.early_exit(images, policy), model.early_exit(images[order], policy)
+    assert torch.equal(shuffled.exit_index, output.exit_index[order])
+    torch.testing.assert_close(shuffled.logits, output.logits[order], atol=1e-5, rtol=1e-5)
+
+
+def test_the_rest_of_the_network_sees_the_undecided_images_alone():
+    model, images = create(), unlike_images()
+    policy = spread_policy(all_exits(model, images))
+    exit_index = policy.decide(all_exits(model, images))[0]
+    model.early_exit(images, policy)  # with the rehearsal
+    rows = {}
+    for stage in (2, 3, 4):
+        stage_module = model.backbone.get_submodule(model.anatomy.stages[stage].module)
+        stage_module.register_forward_hook(
+            lambda module, args, output, stage=stage: rows.setdefault(stage, []).append(len(args[0]))
+        )
+    model.early_exit(images, policy)
+    assert rows == {stage: [int((exit_index >= stage - 1).sum())] for stage in (2, 3, 4)}
+    rows.clear()
+    model.early_exit(images, ExitPolicy(thresholds=[0.0, 0.0, 0.0]))
+    assert rows == {}  # everybody left at the first exit
+    assert hooks._active.visitor is None  # and the next call sees a plain network
+    assert isinstance(model(images), MultiExitOutput)
+
+
+def test_a_batch_runs_in_parts_up_to_the_first_exit_and_together_behind_it():
+    model, images = create(), unlike_images(2 * CPU_IMAGES_PER_THREAD * torch.get_num_threads() + 1)
+    model.early_exit(images, ExitPolicy(thresholds=[2.0, 0.5, 2.0]))  # with the rehearsal
+    rows = {0: [], 1: [], 2: [], 3: []}
+    for stage, seen in rows.items():
+        model.backbone.get_submodule(model.anatomy.stages[stage].module).register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(len(args[0]))
+        )
+    part = len(images) // 2
+    # Nobody can leave at exit 0, so the first that is asked is exit 1, at the end of stage 2.
+    model.early_exit(images, ExitPolicy(thresholds=[2.0, 0.99, 2.0]))
+    assert rows[1] == rows[2] == [part, part, 1] and rows[3] == [len(images)]
+    for seen in rows.values():
+        seen.clear()
+    model.early_exit(images, ExitPolicy(thresholds=[2.0, 2.0, 2.0]))
+    assert rows[0] == rows[3] == [len(images)]  # with no exit to ask there is nothing to wait at
+
+
+def test_heads_at_which_nobody_can_leave_are_not_computed():
+    model, images = create(), unlike_images()
+    calls = []
+    for exit, head in enumerate(model.exits):
+        head.register_forward_hook(lambda module, args, output, exit=exit: calls.append(exit))
+    model.early_exit(images[:1], ExitPolicy(thresholds=[2.0, 1.0, 2.0]))
+    assert calls == [1]
+    calls.clear()
+    model.early_exit(images[:1], ExitPolicy(criterion="patience", thresholds=[3, 1, 3]))
+    assert calls == [0, 1]  # whether the second agrees depends on the first
+
+
+def test_channels_last_stays():
+    model, images = create().to(memory_format=torch.channels_last), unlike_images()
+    images = images.to(memory_format=torch.channels_last)
+    policy = spread_policy(all_exits(model, images))
+    formats = []
+    model.backbone.layer4.register_forward_pre_hook(
+        lambda module, args: formats.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    model.early_exit(images, policy)
+    assert formats == [True] * len(formats) and formats
+
+
+def test_under_inference_mode_and_autocast():
+    model, images = create(), unlike_images()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        exit_logits = [logits.float() for logits in all_exits(model, images)]
+        policy = spread_policy(exit_logits)
+        output = model.early_exit(images, policy)
+    exit_index, logits = policy.decide(exit_logits)
+    assert torch.equal(output.exit_index, exit_index)
+    torch.testing.assert_close(output.logits.float(), logits, atol=0.02, rtol=0.02)
+    assert output.confidence.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_images_of_another_dtype_under_autocast(weights):
+    model = create().to(weights)
+    images = unlike_images().to(torch.float32 if weights is torch.bfloat16 else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        exit_logits = [logits.float() for logits in all_exits(model, images)]
+        policy = spread_policy(exit_logits)
+        output = model.early_exit(images, policy)
+    assert model._shrinks is True
+    exit_index, logits = policy.decide(exit_logits)
+    assert (output.exit_index == exit_index).float().mean() > 0.8  # a score may round across its threshold
+    same = output.exit_index == exit_index
+    torch.testing.assert_close(output.logits[same].float(), logits[same], atol=0.05, rtol=0.05)
+
+
+def test_in_bfloat16():
+    model, images = create().to(torch.bfloat16), unlike_images().to(torch.bfloat16)
+    policy = spread_policy(all_exits(model, images))
+    output = model.early_exit(images, policy)
+    assert model._shrinks is True  # rounding is not taken for other answers
+    assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
+
+
+def test_an_empty_batch():
+    output = create().early_exit(torch.empty(0, 3, 32, 32), ExitPolicy(thresholds=[0.5, 0.5, 0.5]))
+    assert output.logits.shape == (0, 5) and output.exit_index.shape == (0,)
+
+
+def test_a_model_without_auxiliary_exits():
+    model, images = create(exits=[]), unlike_images(3)
+    output = model.early_exit(images, ExitPolicy(thresholds=[]))
+    assert torch.equal(output.logits, all_exits(model, images)[0]) and output.exit_index.tolist() == [0, 0, 0]
+
+
+def test_the_global_seed_is_left_alone():
+    model, images = create(), unlike_images()
+    state = torch.get_rng_state()
+    model.early_exit(images, ExitPolicy(thresholds=[0.5, 0.5, 0.5]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Networks that cannot shrink
+
+
+class BatchNormOfTheBatch(nn.BatchNorm2d):
+    """Normalises by the batch in eval mode too."""
+
+    def forward(self, images):
+        return nn.functional.batch_norm(images, None, None, self.weight, self.bias, training=True)
+
+
+def parallel_paths():
+    model, around = create(), []
+    model.backbone.layer1.register_forward_pre_hook(lambda module, args: around.append(args[0]))
+    model.backbone.layer4.register_forward_hook(
+        lambda module, args, output: output + around.pop().mean(dim=(1, 2, 3), keepdim=True)
+    )
+    return model
+
+
+def batch_dependent():
+    model = create()
+    block = model.backbone.layer4[0]
+    block.bn1 = BatchNormOfTheBatch(block.bn1.num_features).eval()
+    nn.init.ones_(block.bn2.weight)  # timm starts with blocks that add nothing
+    return model
+
+
+def batch_dependent_before_the_first_exit():
+    model = create()
+    block = model.backbone.layer1[0]
+    block.bn1 = BatchNormOfTheBatch(block.bn1.num_features).eval()
+    nn.init.ones_(block.bn2.weight)
+    return model
+
+
+def without_hooks():
+    model = create()
+    for stage in model.anatomy.stages:
+        model.backbone.get_submodule(stage.module)._forward_hooks.clear()
+    model.anatomy = replace(model.anatomy, stages=tuple(replace(stage, module=None) for stage in model.anatomy.stages))
+    return model
+
+
+@pytest.mark.parametrize(
+    "build_model", [parallel_paths, batch_dependent, batch_dependent_before_the_first_exit, without_hooks]
+)
+@every_criterion
+def test_networks_that_cannot_shrink_answer_as_with_all_exits(build_model, criterion):
+    model, images = build_model(), unlike_images()
+    exit_logits = all_exits(model, images)
+    policy = spread_policy(exit_logits, criterion)
+    with pytest.warns(UserWarning, match="Single images cannot leave this network while it runs .* A batch runs on"):
+        output = model.early_exit(images, policy)
+    exit_index, logits = policy.decide(exit_logits)
+    assert torch.equal(output.exit_index, exit_index)
+    torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        model.early_exit(images, policy)
+
+
+def test_a_whole_batch_stops_when_its_last_image_has_decided():
+    model, images = parallel_paths(), unlike_images()
+    policy = ExitPolicy(thresholds=[0.0] + [2.0] * (model.num_exits - 2))
+    with pytest.warns(UserWarning):
+        model.early_exit(images, policy)
+    calls = []
+    model.backbone.fc.register_forward_hook(lambda *args: calls.append(1))
+    model.early_exit(images, policy)
+    assert calls == []
+
+
+def test_the_verdict_is_forgotten_when_weights_may_change():
+    model = create()
+    model.early_exit(unlike_images(), ExitPolicy(thresholds=[0.5, 0.5, 0.5]))
+    assert model._shrinks is True
+    model.train()
+    assert model._shrinks is None
+
+
+def test_one_image_needs_no_rehearsal():
+    model = parallel_paths()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.early_exit(unlike_images(1), ExitPolicy(thresholds=[0.0] * (model.num_exits - 1)))
+    assert model._shrinks is None
+
+
+# Where a model lives
+
+
+def test_threads_never_see_each_others_rows():
+    model, images = create(), torch.stack([unlike_images(), unlike_images()])
+    policy = spread_policy(all_exits(model, images[0]))
+    expected = [model.early_exit(half, policy) for half in images]
+    wrong = []
+
+    def work(half):
+        for _ in range(30):
+            output = model.early_exit(images[half], policy)
+            if not torch.equal(output.logits, expected[half].logits):
+                wrong.append(half)
+
+    threads = [threading.Thread(target=work, args=(half,)) for half in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_copies_leave_early_alike():
+    model, images = create(), unlike_images()
+    policy = spread_policy(all_exits(model, images))
+    expected = model.early_exit(images, policy)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        output = other.early_exit(images, policy)
+        assert torch.equal(output.logits, expected.logits) and torch.equal(output.exit_index, expected.exit_index)
+
+
+def leave_early_elsewhere(model, images, policy):
+    torch.set_num_threads(1)
+    output = model.early_exit(images, policy)
+    return output.logits.numpy(), output.exit_index.numpy()
+
+
+def test_in_a_spawned_process():
+    model, images = create(), unlike_images()
+    policy = spread_policy(all_exits(model, images))
+    expected = model.early_exit(images, policy)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        logits, exit_index = pool.apply(leave_early_elsewhere, (model, images, policy))
+    assert torch.equal(torch.from_numpy(exit_index), expected.exit_index)
+    torch.testing.assert_close(torch.from_numpy(logits), expected.logits)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_a_compiled_model_leaves_early(in_forward):
+    model, images = create(), unlike_images()
+    policy = spread_policy(all_exits(model, images))
+    expected = model.early_exit(images, policy)
+    if in_forward:
+        model.config.exit_policy, model.config.early_exit = policy.to_dict(), True
+    compiled = torch.compile(model, backend="eager")
+    output = compiled(images) if in_forward else compiled.early_exit(images, policy)
+    assert torch.equal(output.exit_index, expected.exit_index)
+    torch.testing.assert_close(output.logits, expected.logits)
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_leaves_early():
+    model, images = create(), unlike_images()
+    policy = spread_policy(all_exits(model, images))
+    expected = model.early_exit(images, policy)
+    model.backbone.compile(backend="eager")
+    assert torch.equal(model.early_exit(images, policy).exit_index, expected.exit_index)
+
+
+# In a checkpoint
+
+
+def test_a_policy_lives_in_the_checkpoint(tmp_path):
+    model, images = create(), unlike_images()
+    exit_logits = all_exits(model, images)
+    policy = spread_policy(exit_logits)
+    model.config.exit_policy = policy.to_dict()
+    model.config.early_exit = True
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    output = loaded(images)
+    assert isinstance(output, EarlyExitOutput)
+    assert torch.equal(output.exit_index, policy.decide(exit_logits)[0])
+    assert torch.equal(loaded(images, return_dict=False)[1], output.exit_index)
+    labels = torch.zeros(12, dtype=torch.long)
+    for every_exit in (loaded(images, labels=labels), loaded(images, output_hidden_states=True)):
+        assert isinstance(every_exit, MultiExitOutput) and len(every_exit.exit_logits) == 4
+    assert isinstance(loaded.train()(images), MultiExitOutput)
+
+
+def test_in_a_pipeline(tmp_path):
+    model = create(id2label={index: f"class {index}" for index in range(5)})
+    model.config.exit_policy = ExitPolicy(thresholds=[2.0, 0.0, 2.0]).to_dict()
+    model.config.early_exit = True
+    model.config.pretrained_cfg["input_size"] = [3, 32, 32]
+    model.save_pretrained(tmp_path)
+    images = [Image.effect_noise((40, 40), spread).convert("RGB") for spread in (10, 100, 200)]
+    plain = pipeline("image-classification", model=str(tmp_path))
+    keeps = pipeline("image-classification", model=str(tmp_path), pipeline_class=EarlyExitPipeline)
+    for options in ({}, {"batch_size": 2}):
+        answers, expected = keeps(images, top_k=2, **options), plain(images, top_k=2, **options)
+        assert [[answer.pop("exit_index") for answer in image] for image in answers] == [[1, 1]] * 3
+        assert answers == expected
+    keeps.model.config.early_exit = False
+    assert {answer["exit_index"] for answer in keeps(images[0])} == {3}
+
+
+def test_evaluation_sees_all_exits(train):
+    model = create(small_input_stem=True)
+    model.config.exit_policy = ExitPolicy(thresholds=[0.0, 0.0, 0.0]).to_dict()
+    model.config.early_exit = True
+    metrics = train(model).evaluate()
+    assert {f"eval_accuracy_exit_{exit}" for exit in range(4)} <= metrics.keys()
+
+
+# Errors
+
+
+def test_errors_name_what_is_wrong():
+    model, images = create(), unlike_images(2)
+    with pytest.raises(ValueError) as error:
+        model.early_exit(images)
+    assert str(error.value) == (
+        "early_exit needs a policy, but none was given and config.exit_policy is None. "
+        "Set model.config.exit_policy = calibrate(...).to_dict()."
+    )
+    with pytest.raises(ValueError, match="The policy is for 3 exits, but there are 4. Calibrate it on logits of this"):
+        model.early_exit(images, ExitPolicy(thresholds=[0.5, 0.5]))
+    with pytest.raises(ValueError, match="The policy is for 2 exits, but there are 3."):
+        ExitPolicy(thresholds=[0.5]).decide(torch.randn(3, 2, 5))
+    with pytest.raises(ValueError, match="in eval mode, but it is in training mode. Call model.eval()"):
+        model.train().early_exit(images, ExitPolicy(thresholds=[0.5] * 3))
+
+
+def test_stages_that_end_out_of_order_compute_all_exits():
+    model = MultiExitForImageClassification.from_backbone("crossvit_tiny_240", num_labels=5, exits=[0, 1, 3]).eval()
+    images = torch.randn(4, 3, 240, 240)
+    with torch.no_grad():
+        exit_logits = model(images).exit_logits
+    anyone = ExitPolicy(thresholds=[0.0] * 3)
+    middle = [anyone.score(exit, exit_logits[exit])[0].median().item() for exit in range(3)]
+    policy = ExitPolicy(thresholds=middle)
+    exit_index, logits = policy.decide(exit_logits)
+    with pytest.warns(UserWarning, match="do not end in their order, so early_exit computes all exits"):
+        output = model.early_exit(images, policy)
+    assert torch.equal(output.exit_index, exit_index)
+    assert torch.equal(output.logits, logits)
+    torch.testing.assert_close(output.confidence, logits.softmax(dim=1).amax(dim=1))
