@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hf_selfkd import MultiExitConfig, MultiExitForImageClassification
 from hf_selfkd.functional import add, cross_entropy
-from hf_selfkd.models.hooks import keep_rows, run
+from hf_selfkd.models.hooks import Visitor, keep_rows, run
 
 CLASSES = 10
 MAX_PARAMETERS = 120e6
@@ -105,20 +105,26 @@ def _features(plain: nn.Module, images: Tensor, output: Any) -> str | bool:
     return same
 
 
+class _KeepRows(Visitor):
+    """Keeps some rows of a stage's output."""
+
+    def __init__(self, stage: int, rows: Tensor, batch_size: int):
+        self.stage, self.rows, self.batch_size = stage, rows, batch_size
+
+    def on_stage(self, index: int, output: Any) -> Any:
+        return keep_rows(output, self.rows, self.batch_size) if index == self.stage else None
+
+
 def _shrinks(model: MultiExitForImageClassification, images: Tensor) -> str | bool:
     if not model.anatomy.hooked:
         return "only forward_intermediates gives its stages"
     rows = torch.tensor([0, 2])
-    full = run(model.backbone, model.anatomy, images, lambda index, output: None)
+    full = run(model.backbone, model.anatomy, images, Visitor())
     if (full[0] - full[2]).abs().max() < 1e-4 * full.abs().max():
         return "cannot be told: all images get the same logits"
     for exit_stage in model.exit_stages:
-
-        def visitor(index: int, output: Any, exit_stage: int = exit_stage) -> Any:
-            return keep_rows(output, rows, len(images)) if index == exit_stage else None
-
         try:
-            few = run(model.backbone, model.anatomy, images, visitor)
+            few = run(model.backbone, model.anatomy, images, _KeepRows(exit_stage, rows, len(images)))
         except RuntimeError as error:
             return f"stage {exit_stage}: {_first_line(error)}"
         same = _same([few], [full[rows]], exact=False)

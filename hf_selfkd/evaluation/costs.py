@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..models.exit_policy import ExitPolicy
-from ..models.hooks import run
+from ..models.hooks import Visitor, run
 
 
-class _Meter:
+class _Meter(Visitor):
     """Visitor that lets nobody leave, and reads a meter when an exit has answered and its answers are scored."""
 
     def __init__(self, model: PreTrainedModel, image_size: tuple[int, int], read: Callable[[], float]):
@@ -26,7 +26,7 @@ class _Meter:
         self.read = read
         self.readings: list[float] = []
 
-    def __call__(self, stage: int, output: Any) -> None:
+    def on_stage(self, stage: int, output: Any) -> None:
         if stage in self.exits:
             exit = self.exits[stage]
             self.policy.score(exit, self.answer(exit, output))

@@ -11,12 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooks import FEATURES, join_features, run
+from .hooks import Collector, join_features, run
 from .stages import Anatomy
 from .timm_quirks import classifiers, copy_module
 
 # What running a network on placeholders can raise where it reads more of them than their outputs.
 _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+class _Replacement(Collector):
+    """Puts another output in the place of a stage's.
+
+    Args:
+        stage: Index of the stage.
+        output: What stands for its output.
+    """
+
+    def __init__(self, stage: int, output: Any):
+        super().__init__()
+        self.stage = stage
+        self.output = output
+
+    def on_stage(self, index: int, output: Any) -> Any:
+        # A clone, because some networks go on with an in-place activation, and several tails read this output.
+        return _map_tensors(Tensor.clone, self.output) if index == self.stage else None
 
 
 class Tail(nn.Module):
@@ -40,18 +58,11 @@ class Tail(nn.Module):
 
     def forward(self, stage_output: Any) -> tuple[Tensor, Tensor]:
         """Map the stage's raw output to logits ``(batch, classes)`` and features ``(batch, width)``."""
-        features: list[Tensor] = []
-
-        def visitor(index: int, output: Any) -> Any:
-            if index == FEATURES:
-                features.append(output)
-            # A clone, because some networks go on with an in-place activation, and several tails read this output.
-            return _map_tensors(Tensor.clone, stage_output) if index == self.stage else None
-
+        visitor = _Replacement(self.stage, stage_output)
         first = _tensors(stage_output)[0]
         images = first.new_zeros(()).expand(first.shape[0], *self.image_shape)
         logits = run(self.backbone, self.anatomy, images, visitor)
-        return logits, join_features(features)
+        return logits, join_features(visitor.features)
 
     @property
     def classifiers(self) -> list[nn.Module]:
@@ -147,16 +158,28 @@ def copy_tail(
 @torch.no_grad()
 def _answer(tail: Tail, images: Tensor) -> tuple[Any, Tensor, Tensor]:
     """Return the stage's output, logits and features of the whole backbone."""
-    seen: dict[int, Any] = {}
-    features: list[Tensor] = []
+    seen = Collector()
+    logits = run(tail.backbone, tail.anatomy, images, seen)
+    return seen.outputs[tail.stage], logits, join_features(seen.features)
 
-    def visitor(index: int, output: Any) -> None:
-        if index == FEATURES:
-            features.append(output)
-        seen[index] = output
 
-    logits = run(tail.backbone, tail.anatomy, images, visitor)
-    return seen[tail.stage], logits, join_features(features)
+class _Leaf(Collector):
+    """Makes a stage's output the leaf that gradients are taken with respect to.
+
+    Args:
+        stage: Index of the stage.
+    """
+
+    def __init__(self, stage: int):
+        super().__init__()
+        self.stage = stage
+        self.output: Any = None
+
+    def on_stage(self, index: int, output: Any) -> Any:
+        if index != self.stage:
+            return None
+        self.output = _map_tensors(lambda tensor: tensor.detach().clone().requires_grad_(), output)
+        return _map_tensors(Tensor.clone, self.output)
 
 
 class _Trace:
@@ -199,20 +222,10 @@ class _Trace:
 
     @torch.enable_grad()
     def _reached(self, tail: Tail, images: Tensor) -> set[str]:
-        given: list[Tensor] = []
-        features: list[Tensor] = []
-
-        def visitor(index: int, output: Any) -> Any:
-            if index == FEATURES:
-                features.append(output)
-            if index != tail.stage:
-                return None
-            output = _map_tensors(lambda tensor: tensor.detach().clone().requires_grad_(), output)
-            given.extend(_tensors(output))
-            return _map_tensors(Tensor.clone, output)
-
+        visitor = _Leaf(tail.stage)
         logits = run(tail.backbone, tail.anatomy, images, visitor)
-        total = logits.float().sum() + join_features(features).float().sum()
+        given = _tensors(visitor.output)
+        total = logits.float().sum() + join_features(visitor.features).float().sum()
         names, parameters = zip(*tail.backbone.named_parameters(), strict=True)
         gradients = torch.autograd.grad(total, [*given, *parameters], allow_unused=True)
         if all(gradient is None for gradient in gradients[: len(given)]):

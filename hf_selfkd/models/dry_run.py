@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooks import FEATURES, _listen, join_features, run
+from .hooks import Visitor, _listen, join_features, run
 from .stages import Anatomy, Stage
 from .timm_quirks import _PATCH_GRIDS, _RESIZING, _STAGE_ENDS
 
@@ -19,6 +19,22 @@ def input_shape(backbone: nn.Module) -> tuple[int, int, int]:
     if size := kwargs.get("img_size"):
         height, width = (size, size) if isinstance(size, int) else size
     return kwargs.get("in_chans", channels), height, width
+
+
+class _Record(Visitor):
+    """Notes in which order stages end, and all that they give: some end more than once."""
+
+    def __init__(self, num_stages: int):
+        self.order: list[int] = []
+        self.outputs: list[list[Any]] = [[] for _ in range(num_stages)]
+        self.features: list[Tensor] = []
+
+    def on_stage(self, index: int, output: Any) -> None:
+        self.order.append(index)
+        self.outputs[index].append(output)
+
+    def on_features(self, features: Tensor) -> None:
+        self.features.append(features)
 
 
 def measure(create: Callable[[], nn.Module]) -> Anatomy:
@@ -33,37 +49,34 @@ def measure(create: Callable[[], nn.Module]) -> Anatomy:
     Raises:
         ValueError: If the backbone cannot run, or does not answer with one row of classes per image.
     """
-    seen: list[tuple[int, Any]] = []
     with torch.device("meta"), torch.no_grad():
         backbone = create().eval()
         channels, *image_size = input_shape(backbone)
         images = torch.empty(2, channels, *image_size)
         paths = [_end_of_stage(backbone, info["module"]) for info in backbone.feature_info]
         _listen(backbone, paths)
+        seen = _Record(len(paths))
         try:
-            logits = run(backbone, Anatomy((), 0), images, lambda index, output: seen.append((index, output)))
+            logits = run(backbone, Anatomy((), 0), images, seen)
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"{type(backbone).__name__} cannot run on images shaped {tuple(images.shape[1:])}: {error} If it was "
                 "given small_input_stem, its later layers are sized for its own stem: leave that at False."
             ) from error
         maps = _maps(backbone, images)
-    features = [output for index, output in seen if index == FEATURES]
-    if not isinstance(logits, Tensor) or logits.shape != (2, backbone.num_classes) or not features:
+    if not isinstance(logits, Tensor) or logits.shape != (2, backbone.num_classes) or not seen.features:
         raise ValueError(
             f"A backbone must answer with logits (batch, {backbone.num_classes}) of its classifier, but "
             f"{type(backbone).__name__} gives {getattr(logits, 'shape', type(logits))}. Leave global_pool as it is."
         )
     size = None if type(backbone).__name__ in _RESIZING else tuple(image_size)
-    outputs = [[output for seen_index, output in seen if seen_index == index] for index in range(len(paths))]
-    fits = [_fits(*stage, size) for stage in zip(paths, outputs, maps, strict=True)]
+    fits = [_fits(*stage, size) for stage in zip(paths, seen.outputs, maps, strict=True)]
     # Where channels, height and width agree a map fits two layouts: the other stages tell which it is.
     layouts = {stages[0].layout for stages in fits if len({stage.layout for stage in stages}) == 1}
     stages = [next((stage for stage in stages if stage.layout in layouts), None) for stages in fits]
     if None in stages:
         stages = [Stage(None, stage_map.shape[1], tuple(stage_map.shape[2:]), size) for stage_map in maps]
-    order = [index for index, _ in seen if index != FEATURES]
-    return Anatomy(tuple(stages), join_features(features).shape[-1], order == sorted(order))
+    return Anatomy(tuple(stages), join_features(seen.features).shape[-1], seen.order == sorted(seen.order))
 
 
 def _end_of_stage(backbone: nn.Module, path: str) -> str | None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .exit_policy import ExitPolicy
-from .hooks import FEATURES, join_rows, keep_rows
+from .hooks import Visitor, join_rows, keep_rows
 from .outputs import EarlyExitOutput
 
-# Runs a network and returns its logits; ``visitor(stage, output)`` sees each stage and may answer with fewer rows.
-Network = Callable[[Tensor, Callable[[int, Any], Any]], Tensor]
+# Runs a network and returns its logits; the visitor sees each stage and may answer with fewer rows.
+Network = Callable[[Tensor, Visitor], Tensor]
 # ``answer(exit, output)`` runs an exit's head on the raw output of its stage and returns logits.
 Answer = Callable[[int, Any], Tensor]
 
@@ -31,7 +31,7 @@ class Held(Exception):
     """Part of a batch has reached the first exit and waits there for the others."""
 
 
-class EarlyExit:
+class EarlyExit(Visitor):
     """Visitor that lets images leave, and shrinks the batch that the rest of the network sees.
 
     Args:
@@ -54,7 +54,7 @@ class EarlyExit:
         self.history: Tensor | None = None
         self.left: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, stage: int, output: Any) -> Any:
+    def on_stage(self, stage: int, output: Any) -> Any:
         """Let images leave at a stage that has an exit; return the others' rows if the batch shrinks."""
         exit = self.exits.get(stage)
         if exit is None:
@@ -140,11 +140,9 @@ class _Rehearsal(EarlyExit):
 
     features: Tensor | None = None
 
-    def __call__(self, stage: int, output: Any) -> Any:
-        if stage == FEATURES:  # of the first classifier where there are several
-            self.features = output if self.features is None else self.features
-            return None
-        return super().__call__(stage, output)
+    def on_features(self, features: Tensor) -> None:
+        if self.features is None:  # of the first classifier where there are several
+            self.features = features
 
     def judge(self, exit: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         return self.rows == exit, torch.zeros_like(self.rows, dtype=torch.float32)

@@ -5,7 +5,6 @@ gives to that call's visitor, which may answer with a replacement (early exit: w
 """
 
 import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,24 +14,51 @@ from torch import Tensor, nn
 from .stages import Anatomy
 from .timm_quirks import classifiers
 
-# Index under which a visitor gets what enters the classifier, the stages being 0, 1, 2, ...
-FEATURES = -1
-
 # The visitor of the call that is running in this thread. Not on the model: that would break pickle and let two
 # threads on one model see each other's images.
 _active = threading.local()
 
 
+class Visitor:
+    """Sees a backbone while it runs. Does nothing by itself: subclasses override what they want to see."""
+
+    def on_stage(self, index: int, output: Any) -> Any:
+        """See the raw output of a stage as it ends.
+
+        Returns:
+            What the network continues with in its place; ``None`` leaves it alone.
+        """
+
+    def on_features(self, features: Tensor) -> None:
+        """See what enters a classifier, ``(batch, width)``; called once per classifier."""
+
+
+class Collector(Visitor):
+    """Keeps what it sees: raw outputs by stage, and features by classifier."""
+
+    def __init__(self):
+        self.outputs: dict[int, Any] = {}
+        self.features: list[Tensor] = []
+
+    def on_stage(self, index: int, output: Any) -> None:
+        """Keep the output."""
+        self.outputs[index] = output
+
+    def on_features(self, features: Tensor) -> None:
+        """Keep the features."""
+        self.features.append(features)
+
+
 def _report(index: int, module: nn.Module, args: Any, output: Any) -> Any:
     visitor = getattr(_active, "visitor", None)
-    return None if visitor is None else visitor(index, output)
+    return None if visitor is None else visitor.on_stage(index, output)
 
 
 def _report_features(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     visitor = getattr(_active, "visitor", None)
     if visitor is not None:
         # Attention pooling (resnet50_clip) classifies all tokens and then takes the first.
-        visitor(FEATURES, args[0][:, 0] if args[0].dim() == 3 else args[0].flatten(1))
+        visitor.on_features(args[0][:, 0] if args[0].dim() == 3 else args[0].flatten(1))
 
 
 def attach_hooks(backbone: nn.Module, anatomy: Anatomy) -> None:
@@ -48,16 +74,15 @@ def _listen(backbone: nn.Module, paths: list[str | None]) -> None:
         classifier.register_forward_pre_hook(_report_features)
 
 
-def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Callable[[int, Any], Any]) -> Tensor:
-    """Run the backbone and return its logits; ``visitor(index, output)`` sees each stage as it ends.
+def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Visitor) -> Tensor:
+    """Run the backbone and return its logits; the visitor sees each stage as it ends.
 
     Args:
         backbone: A model that :func:`attach_hooks` was called on.
         anatomy: What :func:`measure` found.
         pixel_values: ``(batch, channels, height, width)``.
-        visitor: Called with the stage's index and raw output, and with ``FEATURES`` and what enters the classifier,
-            once per classifier. A stage's output is replaced by what it returns, unless that is ``None`` or the
-            anatomy is not ``hooked``.
+        visitor: Sees each stage and the features. What it returns for a stage replaces the output, unless that is
+            ``None`` or the anatomy is not ``hooked``.
     """
     previous = getattr(_active, "visitor", None)
     _active.visitor = visitor
@@ -66,7 +91,7 @@ def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Ca
             return backbone(pixel_values)
         final, maps = backbone.forward_intermediates(pixel_values)
         for index, stage_map in enumerate(maps):
-            visitor(index, stage_map)
+            visitor.on_stage(index, stage_map)
         return backbone.forward_head(final)
     finally:
         _active.visitor = previous

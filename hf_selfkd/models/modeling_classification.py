@@ -15,7 +15,7 @@ from .dry_run import input_shape
 from .early_exit import EarlyExit, can_shrink
 from .exit_policy import ExitPolicy, resolve_policy
 from .heads import ConvExit, TokenExit
-from .hooks import FEATURES, join_features, run
+from .hooks import Collector, join_features, run
 from .loss import cross_entropy
 from .modeling_base import MultiExitPreTrainedModel
 from .outputs import EarlyExitOutput, MultiExitOutput
@@ -24,20 +24,6 @@ from .timm_checkpoint import save_timm_checkpoint
 from .timm_factory import create_recorded
 from .timm_quirks import classifiers
 from .untrusted import rehearse
-
-
-class _Collector:
-    """Visitor of a call that computes all exits: keeps what the hooks see."""
-
-    def __init__(self):
-        self.outputs: dict[int, Any] = {}
-        self.features: list[Tensor] = []
-
-    def __call__(self, index: int, output: Any) -> None:
-        if index == FEATURES:
-            self.features.append(output)
-        else:
-            self.outputs[index] = output
 
 
 class MultiExitForImageClassification(MultiExitPreTrainedModel):
@@ -108,7 +94,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         if self.config.early_exit and not self.training and labels is None and not output_hidden_states:
             early = self.early_exit(pixel_values)
             return early if return_dict is not False else early.to_tuple()
-        seen = _Collector()
+        seen = Collector()
         logits = run(self.backbone, self.anatomy, pixel_values, seen)
         image_size = tuple(pixel_values.shape[-2:])
         answers = []

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_selfkd import MultiExitForImageClassification
 from hf_selfkd.models.dry_run import input_shape, measure
-from hf_selfkd.models.hooks import FEATURES, attach_hooks, join_features, join_rows, keep_rows, run
+from hf_selfkd.models.hooks import Collector, Visitor, attach_hooks, join_features, join_rows, keep_rows, run
 from hf_selfkd.models.stages import Stage, default_exits
 from hf_selfkd.models.timm_factory import create_backbone
 
@@ -56,24 +56,13 @@ def build(name, **kwargs):
     return backbone, anatomy
 
 
-class Visitor:
-    def __init__(self):
-        self.outputs, self.features = {}, []
-
-    def __call__(self, index, output):
-        if index == FEATURES:
-            self.features.append(output)
-        else:
-            self.outputs[index] = output
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_hooks_see_what_timm_gives(name):
     kwargs, size = FAMILIES[name]
     backbone, anatomy = build(name, **kwargs)
     images = torch.randn(2, 3, *size)
-    seen = Visitor()
+    seen = Collector()
     logits = run(backbone, anatomy, images, seen)
     assert anatomy.hooked
     assert torch.equal(logits, backbone(images))
@@ -107,10 +96,11 @@ def test_a_visitor_may_keep_fewer_rows(name, kwargs):
     assert not torch.allclose(full[0], full[1], atol=1e-4)
     for chosen in range(len(anatomy.stages)):
 
-        def visitor(index, output, chosen=chosen):
-            return keep_rows(output, rows, 3) if index == chosen else None
+        class Chosen(Visitor):
+            def on_stage(self, index, output, chosen=chosen):
+                return keep_rows(output, rows, 3) if index == chosen else None
 
-        few = run(backbone, anatomy, images, visitor)
+        few = run(backbone, anatomy, images, Chosen())
         torch.testing.assert_close(few, full[rows], atol=1e-5, rtol=1e-4)
 
 
@@ -178,7 +168,7 @@ def test_timm_gives_the_maps_where_hooks_cannot():
     assert not anatomy.hooked
     assert [stage.size for stage in anatomy.stages] == [(16, 16), (16, 16)]
     attach_hooks(backbone, anatomy)
-    images, seen = torch.randn(2, 3, 32, 64), Visitor()
+    images, seen = torch.randn(2, 3, 32, 64), Collector()
     assert torch.equal(run(backbone, anatomy, images, seen), backbone(images))
     for index, expected in enumerate(backbone.forward_intermediates(images, intermediates_only=True)):
         assert torch.equal(anatomy.stages[index].to_map(seen.outputs[index], (32, 64)), expected)
@@ -187,7 +177,7 @@ def test_timm_gives_the_maps_where_hooks_cannot():
 @torch.no_grad()
 def test_tokens_that_do_not_lie_in_rows_are_left_to_timm():
     backbone, anatomy = build("hiera_tiny_224", embed_dim=24, stages=(1, 1, 1, 1))
-    images, seen = torch.randn(2, 3, 224, 224), Visitor()
+    images, seen = torch.randn(2, 3, 224, 224), Collector()
     logits = run(backbone, anatomy, images, seen)
     assert not anatomy.hooked
     assert torch.equal(logits, backbone(images))
@@ -262,7 +252,7 @@ def test_images_of_other_sizes(size):
 @torch.no_grad()
 def test_grids_of_tokens_follow_the_backbone(name, kwargs, size):
     backbone, anatomy = build(name, **kwargs)
-    images, seen = torch.randn(1, 3, *size), Visitor()
+    images, seen = torch.randn(1, 3, *size), Collector()
     run(backbone, anatomy, images, seen)
     for index, expected in enumerate(backbone.forward_intermediates(images, intermediates_only=True)):
         assert torch.equal(anatomy.stages[index].to_map(seen.outputs[index], size), expected)
@@ -310,7 +300,7 @@ def test_hooked_backbones_copy_and_pickle():
     backbone, anatomy = build("test_resnet")
     images = torch.randn(2, 3, 32, 32)
     for copied in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
-        seen = Visitor()
+        seen = Collector()
         assert torch.equal(run(copied, anatomy, images, seen), backbone(images))
         assert sorted(seen.outputs) == [0, 1, 2, 3, 4]
 
@@ -319,7 +309,7 @@ def test_hooked_backbones_copy_and_pickle():
 def test_threads_do_not_see_each_other():
     backbone, anatomy = build("test_resnet")
     batches = [torch.randn(2, 3, 32, 32) for _ in range(4)]
-    visitors = [Visitor() for _ in batches]
+    visitors = [Collector() for _ in batches]
     barrier = threading.Barrier(len(batches))
 
     def work(batch, visitor):
@@ -339,7 +329,7 @@ def test_threads_do_not_see_each_other():
 @torch.no_grad()
 def test_a_visitor_is_forgotten_when_the_network_fails():
     backbone, anatomy = build("test_resnet")
-    seen = Visitor()
+    seen = Collector()
     with pytest.raises(RuntimeError):
         run(backbone, anatomy, torch.randn(2, 5, 32, 32), seen)
     backbone(torch.randn(2, 3, 32, 32))
