@@ -31,7 +31,7 @@ def test_a_checkpoint_learns_when_to_stop(hub, build, images, tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
     assert ExitPolicy.from_dict(loaded.config.exit_policy).num_exits == 4
     assert isinstance(loaded(images[0]["pixel_values"][None]), EarlyExitOutput)
-    assert (folder / "modeling.py").exists()  # the checkpoint is whole still
+    assert (folder / "modeling_classification.py").exists()  # the checkpoint is whole still
     assert "auto_map" in json.loads((folder / "config.json").read_text())
     assert hub.repositories["ada/model"].private
     files = hub.repositories["ada/model"].files("stop")

@@ -5,7 +5,7 @@ from torchvision.transforms import v2
 
 from hf_selfkd import Method, get_method, list_methods
 from hf_selfkd.functional import hash_projection
-from hf_selfkd.methods import base
+from hf_selfkd.methods import base, registry
 from hf_selfkd.methods.combination import Combination
 
 
@@ -113,6 +113,7 @@ def test_scaffolds_stand_beside_each_other(build, batch):
 
 def test_each_prepares_its_own_scaffold_from_all_batches(build, train, monkeypatch):
     monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", base._METHODS)
     seen = {}
 
     class Counting(Method):
