@@ -16,8 +16,8 @@ from .models.outputs import EarlyExitOutput, MultiExitOutput
 from .training import SelfDistillationTrainer
 
 __all__ = [
-    "EarlyExitPipeline",
     "EarlyExitOutput",
+    "EarlyExitPipeline",
     "ExitPolicy",
     "Method",
     "MultiExitAccuracy",

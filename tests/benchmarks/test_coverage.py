@@ -62,7 +62,7 @@ def test_real_tensors_need_sizes(coverage, tmp_path, capsys):
     assert "--real-only needs the sizes that a run with --meta-only finds." in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_timm_backbone(coverage, tmp_path):
     checks = importlib.import_module("coverage_report").CHECKS.keys() - {"shrinks"}
     records = coverage.main(["--output", str(tmp_path)])
