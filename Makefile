@@ -1,15 +1,20 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+# One process per core, of one thread each (tests/conftest.py); JOBS=0 runs the tests in this process.
+JOBS ?= logical
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help install train test test-slow check cards
+.PHONY: help install train test test-slow test-all test-exhaustive check cards
 
 help:
-	@echo "make train      install everything and train on the digits that come with scikit-learn"
-	@echo "make test       install everything and run the tests"
-	@echo "make test-slow  also those that take minutes"
-	@echo "make check      lint and formatting"
-	@echo "make cards      train the checkpoint of model_cards/digits; with CIFAR10=cifar10, or a local folder, all"
+	@echo "make train            install everything and train on the digits that come with scikit-learn"
+	@echo "make test             install everything and run the tests: every behaviour, in minutes"
+	@echo "make test-slow        the slow tests alone: more combinations of what make test covers"
+	@echo "make test-all         both"
+	@echo "make test-exhaustive  what takes longer: every timm model"
+	@echo "make check            lint and formatting"
+	@echo "make cards            train the checkpoint of model_cards/digits; with CIFAR10=cifar10, or a local folder, all"
 
 install: $(BIN)/.installed
 
@@ -23,10 +28,16 @@ train: install
 		--output_dir runs/digits --resume_from_checkpoint last
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: install
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m slow
+
+test-all: install
+	$(PYTEST) -m "not exhaustive"
+
+test-exhaustive: install
+	$(PYTEST) -m exhaustive
 
 check: install
 	$(BIN)/ruff check .

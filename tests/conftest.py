@@ -1,9 +1,17 @@
+import copy
 import json
 import os
+import pickle
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: no test may reach for the network
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Read while huggingface_hub and torch are imported, here and in the subprocesses of the tests: no network, no file in
+# the user's cache, one thread in each of the processes that run side by side.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="hf_home_")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=_HF_HOME.name, OMP_NUM_THREADS="1")
+for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_ENDPOINT"):
+    os.environ.pop(name, None)  # would take precedence over HF_HOME, or sign in
 
 import pytest
 import torch
@@ -23,6 +31,10 @@ collect_ignore = ["helpers/load_without_library.py"]  # a script, which the sear
 _VECTORS = {
     entry["id"]: entry for entry in json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]
 }
+
+
+def pytest_unconfigure():
+    _HF_HOME.cleanup()  # workers of pytest-xdist end without finalizers
 
 
 @pytest.fixture(autouse=True)
@@ -65,30 +77,44 @@ def exits_of_vectors(vector):
     return output, inputs["labels"]
 
 
+@lru_cache(maxsize=64)
+def _built(model_class, backbone, config):
+    torch.manual_seed(0)
+    return model_class.from_backbone(backbone, **pickle.loads(config)), torch.get_rng_state()
+
+
+def _copy_of(model_class, backbone, config):
+    """Return a copy of a model that this process builds once: building it takes ten times as long as copying it.
+
+    The random state is afterwards as if the model had been built.
+    """
+    model, random_state = _built(model_class, backbone, pickle.dumps(config))
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
 @pytest.fixture
 def build():
-    """Build a small multi-exit model with five classes for 32-pixel images."""
+    """Return a function that gives a small multi-exit model with five classes for 32-pixel images, seeded with 0."""
 
     def build(backbone="test_resnet", **config):
-        torch.manual_seed(0)
         if backbone in ("test_resnet", "test_efficientnet"):
             config.setdefault("small_input_stem", True)
         if backbone.startswith("test_vit"):
             config.setdefault("backbone_kwargs", {"img_size": 32, "patch_size": 8})
         config.setdefault("num_labels", 5)
-        return MultiExitForImageClassification.from_backbone(backbone, **config)
+        return _copy_of(MultiExitForImageClassification, backbone, config)
 
     return build
 
 
 @pytest.fixture
 def build_segmenter():
-    """Build a small segmentation model with five classes, in training mode."""
+    """Return a function that gives a small segmentation model with five classes, in training mode, seeded with 0."""
 
     def build_segmenter(backbone="test_resnet", **config):
-        torch.manual_seed(0)
         config = {"num_labels": 5, "pyramid_width": 8} | config
-        return MultiExitForSemanticSegmentation.from_backbone(backbone, **config).train()
+        return _copy_of(MultiExitForSemanticSegmentation, backbone, config).train()
 
     return build_segmenter
 

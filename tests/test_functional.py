@@ -99,7 +99,7 @@ def test_divergence_and_soft_cross_entropy_have_the_same_gradient(exits_of_vecto
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_judged_in_float32(dtype):
+def test_losses_of_half_precision_logits_are_float32(dtype):
     logits = torch.tensor([[60.0, -60.0], [0.0, 0.0]], dtype=dtype)
     labels = torch.tensor([1, 0])
     assert cross_entropy(logits, labels).item() == pytest.approx((120 + math.log(2)) / 2, rel=1e-6)

@@ -60,6 +60,6 @@ def test_logits_are_interpolated_to_the_size_of_the_labels():
     assert_close(cross_entropy(logits, labels), cross_entropy(resized, labels))
 
 
-def test_label_maps_need_the_batch_of_the_logits():
+def test_label_maps_must_have_the_batch_of_the_logits():
     with pytest.raises(ValueError, match=r"indices shaped \(2, 4, 4\)"):
         cross_entropy(torch.zeros(2, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Whatever is put into configurations, policies, methods and losses: they work, or say what is wrong by its name."""
+"""Configurations, policies, methods and losses accept any value that works, and name the field of any other."""
 
 import json
 import warnings
@@ -76,12 +76,12 @@ def test_a_policy_works_or_names_the_field(given_fields, num_exits):
     assert ExitPolicy.from_dict(policy.to_dict()) == policy
     logits = 50 * torch.randn(num_exits, 3, 5, generator=torch.Generator().manual_seed(0))
     try:
-        exit_index, answers = policy.decide(logits)
+        exit_index, chosen = policy.decide(logits)
     except ValueError as error:
         assert num_exits != policy.num_exits
         assert f"is for {policy.num_exits} exits, but there are {num_exits}" in str(error)
         return
-    assert torch.equal(answers, logits[exit_index, torch.arange(3)])
+    assert torch.equal(chosen, logits[exit_index, torch.arange(3)])
 
 
 @quick
@@ -148,7 +148,7 @@ def test_losses_are_finite_and_not_negative(shape, temperature, smoothing, chose
     st.lists(logits, min_size=1, max_size=3),
     st.integers(1, 8),
 )
-def test_methods_work_on_exits_that_agree_and_refuse_others(name, shapes, width):
+def test_methods_return_finite_terms(name, shapes, width):
     batch, classes, _ = shapes[0]
     exits = [draw(batch, classes, min(scale, 1e4), seed) for seed, (_, _, scale) in enumerate(shapes)]
     features = tuple(torch.ones(batch, width) * index for index in range(len(exits)))

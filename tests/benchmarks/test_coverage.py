@@ -6,8 +6,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-# Families in which something batch-shaped was computed before a stage ends: parallel paths that meet behind it, or the
-# size of the batch itself. Early exit then runs the whole batch to the end.
+# Families in which something of the size of the batch is computed before a stage ends: parallel paths that meet behind
+# it, or the batch size itself. Early exit then runs the complete batch to the end.
 NOT_CUTS = {
     "coat",
     "efficientvim",
@@ -62,7 +62,7 @@ def test_real_tensors_need_sizes(coverage, tmp_path, capsys):
     assert "--real-only needs the sizes that a run with --meta-only finds." in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_timm_backbone(coverage, tmp_path):
     checks = importlib.import_module("coverage_report").CHECKS.keys() - {"shrinks"}
     records = coverage.main(["--output", str(tmp_path)])

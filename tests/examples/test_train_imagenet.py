@@ -15,6 +15,8 @@ from datasets import load_dataset
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
+from tests.helpers.processes import free_port
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -152,7 +154,7 @@ def test_two_processes_are_launched(standin, parquet, tmp_path, machines):
         processes = [start(standin, tmp_path, *options)]
     else:
         options = ["--config_file", str(ACCELERATE / "several_machines.yaml"), "--num_processes", "2"]
-        options += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29517", "--machine_rank"]
+        options += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--machine_rank"]
         processes = [start(standin, tmp_path, *options, str(rank)) for rank in range(2)]
     printed = [process.communicate()[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), printed[0][-3000:]

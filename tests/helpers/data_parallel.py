@@ -1,4 +1,4 @@
-"""Networks and data that several processes train, to be compared with one process."""
+"""Networks and data to compare training on several processes with training on one."""
 
 import timm
 import torch
@@ -7,7 +7,7 @@ from hf_selfkd import MultiExitForImageClassification, MultiExitForSemanticSegme
 
 GLOBAL_BATCH = 12
 VIT = {"img_size": 32, "patch_size": 8}  # layer norm, in its exits too
-# Batch norm sees the batch of its process only, so it is replaced where it is: in the self-teacher and in the ResNets.
+# Batch norm sees the batch of its process only; it is replaced in the self-teacher and in the ResNets.
 CASES = {
     "none": ("test_vit", {}),
     "deep_supervision": ("test_vit", {}),
@@ -41,7 +41,7 @@ def teacher():
 
 
 def samples(name, count=24):
-    """Return images of which some have no label, or maps of which some are all void, more in the first half."""
+    """Return images of which some, more in the first half, have no label or only ignored pixels."""
     generator = torch.Generator().manual_seed(0)
     data = []
     for index in range(count):

@@ -1,7 +1,9 @@
-"""A stand-in for the Hugging Face Hub on localhost: what pushing and loading ask of it, answered from memory.
+"""An in-memory stand-in for the Hugging Face Hub on localhost, for what pushing and loading request.
+
+The wire format is that of huggingface_hub 2.4: commits as lines of JSON, large files by git-lfs, without Xet.
 
 It knows users by their tokens, hides private repositories as the Hub does, keeps every commit, stores large files by
-their hash, and can break the connection while a file is on its way.
+their hash, and can break the connection in the middle of an upload.
 """
 
 import base64
@@ -26,7 +28,7 @@ LARGE = (".safetensors", ".bin", ".pt", ".png", ".onnx")
 
 @dataclass
 class Repository:
-    """Commits by their hash, each all files by path; branches and tags by name."""
+    """Commits by their hash, each a dictionary of all files by path; branches and tags by name."""
 
     owner: str
     private: bool
@@ -73,7 +75,7 @@ class HubServer(ThreadingHTTPServer):
         self.failures: list[str] = []
 
     def environment(self, home, token: str | None = "hf_of_ada") -> dict[str, str]:
-        """Return the environment of a process that asks this server and keeps what it fetches in ``home``."""
+        """Return the environment of a process that uses this server and caches what it downloads in ``home``."""
         names = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_OFFLINE")
         kept = {name: value for name, value in os.environ.items() if name not in names}
         signed_in = {} if token is None else {"HF_TOKEN": token}
@@ -101,7 +103,7 @@ class HubServer(ThreadingHTTPServer):
 
 
 def connect(monkeypatch, server: HubServer, home) -> None:
-    """Let huggingface_hub in this process, whose constants are read at import, ask the server, signed in as ada."""
+    """Point huggingface_hub in this process, whose constants are read at import, to the server, signed in as ada."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
@@ -121,7 +123,7 @@ def git_hash(content: bytes) -> str:
 
 
 class Refusal(Exception):
-    """An answer other than success."""
+    """An error response."""
 
     def __init__(self, status: int, message: str, code: str = "", body: dict | None = None, **headers: str):
         self.status = status
@@ -147,9 +149,9 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError
         self.body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         try:
-            for method, pattern, answer in ROUTES:
+            for method, pattern, respond in ROUTES:
                 if method == self.command and (match := re.fullmatch(pattern, path)):
-                    content, headers = answer(self, *map(unquote, match.groups()))
+                    content, headers = respond(self, *map(unquote, match.groups()))
                     return self._send(200, content, headers)
             raise Refusal(404, f"No route for {self.command} {path}")
         except Refusal as refusal:
@@ -246,14 +248,14 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, name: str, revision: str):
         repository = self.repository(name, write=True)
         present = repository.commits[self.revision(repository, revision)]
-        answers = []
+        modes = []
         for file in json.loads(self.body)["files"]:
             mode = "lfs" if file["path"].endswith(LARGE) else "regular"
-            answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            entry = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
             if (content := present.get(file["path"])) is not None:
-                answer["oid"] = hashlib.sha256(content).hexdigest() if mode == "lfs" else git_hash(content)
-            answers.append(answer)
-        return as_json({"files": answers})
+                entry["oid"] = hashlib.sha256(content).hexdigest() if mode == "lfs" else git_hash(content)
+            modes.append(entry)
+        return as_json({"files": modes})
 
     def large_files(self, name: str):
         self.repository(name, write=True)

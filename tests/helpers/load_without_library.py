@@ -1,7 +1,7 @@
-"""Load checkpoints where only torch, timm and transformers are: run by test_hub_alone.py, in a process of its own.
+"""Load checkpoints where only torch, timm and transformers are installed: run by test_without_library.py.
 
-Arguments: a repository of a classifier, one of a segmentation model, and a folder with images.pt and photo.png, into
-which results.pt and a copy of the classifier are written.
+Arguments: the repository of a classifier, that of a segmentation model, and a folder with images.pt and photo.png,
+into which results.pt and a copy of the classifier are written.
 """
 
 import os

@@ -1,5 +1,6 @@
-"""Starts several processes on the CPU, as `accelerate launch` or `torchrun` would."""
+"""Start several processes on the CPU, as `accelerate launch` or `torchrun` does."""
 
+import multiprocessing
 import os
 import socket
 
@@ -7,16 +8,24 @@ import torch
 from torch import nn
 
 
-def run_in_processes(function, processes, *arguments):
-    """Call a function of a test module in several processes that find each other; by itself for one process."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (function, processes, port, arguments), nprocs=processes)
+        return free.getsockname()[1]
+
+
+def run_in_processes(function, processes, *arguments):
+    """Call a module-level function in several processes of one process group.
+
+    They are forked from a server that has imported the library once, because importing takes longer than training.
+    """
+    multiprocessing.set_forkserver_preload(["hf_selfkd"])
+    torch.multiprocessing.start_processes(
+        _start, (function, processes, free_port(), arguments), nprocs=processes, start_method="forkserver"
+    )
 
 
 def _start(rank, function, processes, port, arguments):
-    torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
@@ -28,7 +37,7 @@ def _start(rank, function, processes, port, arguments):
 
 
 def replace_batch_norm(model):
-    """Put group norm in the place of batch norm, which sees the batch of its process only."""
+    """Replace batch norm, which sees the batch of its process only, by group norm."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:

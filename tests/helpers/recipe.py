@@ -1,4 +1,4 @@
-"""Arguments of a run that a test can follow: plain SGD on the CPU, a log entry per step, no checkpoints."""
+"""Arguments of a run that is easy to verify: plain SGD on the CPU, a log entry per step, no checkpoints."""
 
 PLAIN_SGD = {
     "optim": "sgd",
