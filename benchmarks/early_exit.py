@@ -23,7 +23,7 @@ from timing import ratio, time_in_turn
 from torch import Tensor, nn
 
 from hf_selfkd import ExitPolicy, MultiExitForImageClassification, calibrate, exit_costs
-from hf_selfkd.calibration.calibrate import gather_evidence, solve
+from hf_selfkd.calibration import fit_policy, gather_evidence, solve
 from hf_selfkd.deploy.export_exit import StaticExit
 from hf_selfkd.evaluation.curves import collect_logits, to_table
 
@@ -318,7 +318,7 @@ def calibrate_peer(logits, labels, costs, target, fit_temperature) -> ExitPolicy
 
 
 def score(policy: ExitPolicy, logits, labels, costs) -> tuple[float, float]:
-    _, evidence = gather_evidence(logits, labels, costs, policy=policy)
+    evidence = gather_evidence(logits, labels, costs, policy)
     return evidence.measure(list(policy.thresholds))
 
 
@@ -328,7 +328,8 @@ def calibration(sources: dict) -> list[dict]:
     for source, (logits, labels, costs) in sources.items():
         half = len(labels) // 2
         given, kept = (logits[:, :half], labels[:half], costs), (logits[:, half:], labels[half:], costs)
-        policy, evidence = gather_evidence(*given)
+        policy = fit_policy(*given[:2])
+        evidence = gather_evidence(*given, policy)
         accuracy, cost, grids = exhaustive(evidence)
         for target in TARGETS:
             if target < evidence.costs.min():
@@ -373,7 +374,7 @@ def guarantee(sources: dict, splits: int) -> list[dict]:
                     targets = labels[given] if against == "labels" else None
                     policy = calibrate(logits[:, given], targets, costs, max_risk=max_risk, delta=0.05)
                 targets = labels[kept] if against == "labels" else None
-                _, evidence = gather_evidence(logits[:, kept], targets, costs, policy=policy)
+                evidence = gather_evidence(logits[:, kept], targets, costs, policy)
                 accuracy, cost = evidence.measure(list(policy.thresholds))
                 exceeded += evidence.correct[-1].mean().item() - accuracy > max_risk
                 early += cost < 1

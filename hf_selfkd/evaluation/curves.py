@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration.calibrate import gather_evidence, solve
+from ..calibration.calibrate import fit_policy, gather_evidence, solve
 
 
 @torch.no_grad()
@@ -81,13 +81,14 @@ def budgeted_curve(
     Returns:
         Rows with ``target``, ``cost``, ``share`` of the full cost, and ``accuracy``.
     """
-    policy, evidence = gather_evidence(exit_logits, labels, costs, criterion)
+    policy = fit_policy(exit_logits, labels, criterion)
+    evidence = gather_evidence(exit_logits, labels, costs, policy)
     rows = []
     for target in targets:
         if target >= evidence.costs.min():
             best = solve(policy, evidence, target_cost=target)
-            _, found = gather_evidence(test_logits, test_labels, costs, policy=best)
-            accuracy, share = found.measure(list(best.thresholds))
+            test = gather_evidence(test_logits, test_labels, costs, best)
+            accuracy, share = test.measure(list(best.thresholds))
             rows.append({"target": target, "cost": share * costs[-1], "share": share, "accuracy": accuracy})
     return rows
 
