@@ -1,7 +1,7 @@
-"""The tasks, a record each: the one place that says what differs between image classification and segmentation.
+"""The tasks, one record each: checks and preparation of labels, metrics, and words of the model card.
 
-Checks and preparation of labels, metrics, and the words of the model card. A task is added by a model with its name as
-``task`` and a record here; nothing else asks which task it is.
+A new task needs a model class with its name as ``task``, and a record here. Training, evaluation and model card take
+everything that differs by task from the record.
 """
 
 import reprlib
@@ -20,21 +20,20 @@ from .evaluation.segmentation import compute_segmentation_metrics, reduce_pixel_
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task, and all that training, evaluation and model card need to know of it.
+    """A task, as training, evaluation and model card need it.
 
     Args:
         name: ``task`` of its models, and the pipeline tag on the Hub.
         auto_class: The class of transformers that loads its models.
-        check_label: ``(label, sample, config, name)`` raises ValueError, beginning with the name of the sample, unless
-            the label of a sample, a dictionary with ``pixel_values``, fits a model with this configuration.
-        prepare_labels: ``(labels, config) -> labels``: marks everything without a label by -100, in a batch on its
-            device.
-        reduce_logits: ``(exit_logits, labels)`` reduces the logits of all exits and prepared labels of a batch to one
-            small tensor or several, images first, so that evaluation keeps no more than these.
-        compute_metrics: Takes these tensors or arrays of all images, one argument each, and returns metrics by name:
-            those in ``metric_titles``, each alone for the final exit, ending in ``_exit_<i>`` for every exit, and in
+        check_label: ``(label, sample, config, name)`` raises ValueError, whose text begins with ``name``, unless the
+            label of a sample, a dictionary with ``pixel_values``, is one for a model with this configuration.
+        prepare_labels: ``(labels, config) -> labels``: a batch of labels, with -100 wherever there is none.
+        reduce_logits: ``(exit_logits, labels)`` reduces the logits of all exits and the prepared labels of a batch to
+            small tensors, images first, which are all that evaluation keeps.
+        compute_metrics: Takes these tensors, of all images and one argument each, and returns metrics by name: those
+            in ``metric_titles``, alone for the final exit, with ``_exit_<i>`` appended for every exit and with
             ``_ensemble``; and ``loss``, alone and for every exit.
-        metric_titles: Title of each metric in the results table, in percent; the first decides.
+        metric_titles: Title of each metric in the results table, in percent; the first is the headline metric.
         takes_soft_labels: Whether labels may be probabilities, as label smoothing and mixup make them.
         exits_early: Whether its models can exit early, so that every exit has a cost of its own.
         kind: What a model is, to begin a sentence.
@@ -57,7 +56,7 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """The metric that decides, such as ``accuracy``."""
+        """The headline metric, such as ``accuracy``."""
         return next(iter(self.metric_titles))
 
 
@@ -74,7 +73,7 @@ def check_class(label: Any, sample: Mapping[str, Any], config: PreTrainedConfig,
     elif not _are_probabilities(label, config.num_labels):
         raise ValueError(
             f"{name} has the label {reprlib.repr(label)}, but a label is a class index or {config.num_labels} "
-            "probabilities. Give -100 where there is none."
+            "probabilities. Use -100 where there is none."
         )
 
 
@@ -89,7 +88,7 @@ def check_label_map(label: Any, sample: Mapping[str, Any], config: PreTrainedCon
     if getattr(label, "ndim", 0) != 2:
         raise ValueError(
             f"{name} has the label {reprlib.repr(label)}, but a label is a map of class indices, an array of (height, "
-            f"width). Mark pixels without a class by {config.semantic_loss_ignore_index}."
+            f"width). Mark pixels without a class with {config.semantic_loss_ignore_index}."
         )
     label = torch.as_tensor(label)
     image_size = sample["pixel_values"].shape[-2:]
@@ -130,11 +129,11 @@ TASKS = {
             takes_soft_labels=True,
             exits_early=True,
             kind="An image classifier",
-            final_exit="its own head",
+            final_exit="the classification head of the backbone",
             example="""from transformers import pipeline
 
-classify = pipeline("image-classification", model="{repository}", trust_remote_code=True)
-for prediction in classify("photo.png"):
+classifier = pipeline("image-classification", model="{repository}", trust_remote_code=True)
+for prediction in classifier("photo.png"):
     print(prediction["label"], prediction["score"])""",
         ),
         Task(
@@ -148,11 +147,11 @@ for prediction in classify("photo.png"):
             takes_soft_labels=False,
             exits_early=False,
             kind="A semantic segmentation model",
-            final_exit="the head of a feature pyramid",
+            final_exit="the segmentation head of the feature pyramid",
             example="""from transformers import pipeline
 
-segment = pipeline("image-segmentation", model="{repository}", trust_remote_code=True)
-for prediction in segment("photo.png"):
+segmenter = pipeline("image-segmentation", model="{repository}", trust_remote_code=True)
+for prediction in segmenter("photo.png"):
     print(prediction["label"], prediction["mask"].size)""",
         ),
     )

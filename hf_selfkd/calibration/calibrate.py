@@ -44,7 +44,7 @@ def calibrate(
     If no thresholds satisfy the constraint, there is a warning and every image runs to the final exit.
 
     Args:
-        exit_logits: ``(exits, images, classes)``, a tensor or array, shallow to deep, or a sequence of
+        exit_logits: ``(exits, images, classes)``, a tensor or array, first to last, or a sequence of
             ``(images, classes)``; memory-mapped arrays are read in chunks.
         labels: Class indices ``(images,)``; ``None`` compares with the predictions of the final exit.
         costs: Cost of an image that exits at each exit, in any unit: multiply-adds from :func:`exit_costs`, or

@@ -13,7 +13,7 @@ _DESCRIPTION = "Cross-entropy, accuracy and expected calibration error of every 
 
 _INPUTS = """
 Args:
-    predictions: Logits of all exits, shallow to deep, (images, exits, classes).
+    predictions: Logits of all exits, first to last, (images, exits, classes).
     references: Class indices, (images,); -100 where there is no label.
 
 Returns:

@@ -115,7 +115,7 @@ class ExitPolicy:
 
     Args:
         criterion: Name of the score, a key of :data:`CRITERIA`.
-        thresholds: One per auxiliary exit, shallow to deep, at least 0.
+        thresholds: One per auxiliary exit, first to last, at least 0.
         temperatures: One per exit, the final one included, above 0, in logit units; ``None`` for 1 everywhere. The
             softmax is that of the logits over the temperature.
         calibration: How :func:`calibrate` found the policy, for the model card; ``None`` if it did not.
@@ -173,7 +173,7 @@ class ExitPolicy:
             )
         if unknown := sorted(fields.keys() - needed - {"calibration"}):
             raise ValueError(
-                f"An exit policy holds criterion, thresholds, temperatures and calibration, not {', '.join(unknown)}."
+                f"An exit policy has criterion, thresholds, temperatures and calibration, not {', '.join(unknown)}."
             )
         return cls(**fields)
 
@@ -198,7 +198,7 @@ class ExitPolicy:
         """Score the predictions of one exit, in float32, finite for any logits but NaN.
 
         Args:
-            exit: From 0, shallow to deep.
+            exit: From 0, first to last.
             logits: ``(batch, classes)``.
             history: The history returned for the same images at the previous exit, ``None`` at the first.
 
@@ -214,7 +214,7 @@ class ExitPolicy:
         """Choose an exit for each image, given the logits of all exits.
 
         Args:
-            exit_logits: ``(exits, batch, classes)``, or a sequence of ``(batch, classes)``, shallow to deep.
+            exit_logits: ``(exits, batch, classes)``, or a sequence of ``(batch, classes)``, first to last.
 
         Returns:
             The exits ``(batch,)`` and the logits there, ``(batch, classes)``.
