@@ -1,15 +1,10 @@
-"""Suggestions for misspelt names."""
+"""Suggestions for misspelled names in error messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(word: str, words: Iterable[str], n: int = 1) -> str:
-    """Return a question that names the up to ``n`` closest of ``words``, to append to an error; "" if none is close.
-
-    Example:
-        >>> did_you_mean("entropie", ["entropy", "margin"])
-        " Did you mean 'entropy'?"
-    """
-    near = difflib.get_close_matches(word, words, n=n)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` with the closest of ``words``, or ``""`` if none is close."""
+    matches = difflib.get_close_matches(word, words, n=1)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
