@@ -1,11 +1,11 @@
-"""What early exit saves on this machine, and how good its calibration is.
+"""Time saved by early exit on this machine, and the quality of its calibration.
 
     python benchmarks/early_exit.py --parts realised batch overhead --rounds 15
     python benchmarks/early_exit.py --parts calibration guarantee --checkpoint runs/byot --dataset cifar10
 
 Each part replaces its own entry in the JSON file of results, from which the Markdown table is written again. The part
-`batch` compares with earlyon (pip install earlyon), `calibration` too. Weights of the timing parts are random: what
-is timed is the same for any weights once it is settled who leaves where.
+`batch` compares with earlyon (pip install earlyon), `calibration` too. Weights of the timing parts are random: the
+time does not depend on them, only on which images exit where.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from timing import ratio, time_in_turn
 from torch import Tensor, nn
 
 from hf_selfkd import ExitPolicy, MultiExitForImageClassification, calibrate, exit_costs
-from hf_selfkd.calibration.calibrate import gather_evidence, solve
+from hf_selfkd.calibration import fit_policy, gather_evidence, solve
 from hf_selfkd.deploy.export_exit import StaticExit
 from hf_selfkd.evaluation.curves import collect_logits, to_table
 
@@ -45,16 +45,16 @@ def create(name: str, **config) -> MultiExitForImageClassification:
 
 
 @torch.no_grad()
-def leaving_at(model, images: Tensor, exit: int, count: int) -> ExitPolicy:
-    """Return a policy by which every exit is asked and the `count` surest images leave at one of them alone."""
+def exiting_at(model, images: Tensor, exit: int, count: int) -> ExitPolicy:
+    """Return a policy by which all heads run and the `count` most confident images exit early, at one exit only."""
     logits = model(images, output_hidden_states=True).exit_logits[exit]
-    surest = logits.softmax(dim=1).amax(dim=1).sort(descending=True).values
-    thresholds = [1.0] * (model.num_exits - 1)  # heads run, and random weights are never as sure as that
+    confidence = logits.softmax(dim=1).amax(dim=1).sort(descending=True).values
+    thresholds = [1.0] * (model.num_exits - 1)  # heads run, and random weights are never as confident as that
     if count:
-        thresholds[exit] = surest[count - 1 : count + 1].mean().item()
+        thresholds[exit] = confidence[count - 1 : count + 1].mean().item()
     policy = ExitPolicy(thresholds=thresholds)
-    left = model.early_exit(images, policy).exit_index
-    assert (left == exit).sum() == count and (left == model.num_exits - 1).sum() == len(images) - count
+    exits = model.early_exit(images, policy).exit_index
+    assert (exits == exit).sum() == count and (exits == model.num_exits - 1).sum() == len(images) - count
     return policy
 
 
@@ -62,7 +62,7 @@ def leaving_at(model, images: Tensor, exit: int, count: int) -> ExitPolicy:
 
 
 class Rest(nn.Module):
-    """What lies behind a stage of a ResNet or ViT, from its raw output to the logits."""
+    """All layers after a stage of a ResNet or ViT, from its raw output to the logits."""
 
     def __init__(self, backbone: nn.Module, stage: int):
         super().__init__()
@@ -75,13 +75,13 @@ class Rest(nn.Module):
 
     def forward(self, stage_output: Tensor) -> Tensor:
         """Return logits."""
-        answer = self.layers(stage_output)
-        return self.head(answer) if hasattr(self, "head") else answer
+        output = self.layers(stage_output)
+        return self.head(output) if hasattr(self, "head") else output
 
 
 @torch.no_grad()
 def stage_outputs(model, images: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Return raw outputs and maps of the stages that have exits."""
+    """Return raw outputs and feature maps of the stages that have exits."""
     seen = {}
     for stage in model.exit_stages:
         module = model.backbone.get_submodule(model.anatomy.stages[stage].module)
@@ -93,7 +93,7 @@ def stage_outputs(model, images: Tensor) -> tuple[dict[int, Tensor], dict[int, T
 
 
 def trunk(model, exit: int):
-    """Return timm's own network, cut off behind an exit's stage, without any head."""
+    """Return timm's network up to the stage of an exit, without any head."""
     static = StaticExit(model, exit)
     return lambda images: static.backbone.forward_intermediates(
         images, indices=static.indices, intermediates_only=True, stop_early=True
@@ -101,7 +101,7 @@ def trunk(model, exit: int):
 
 
 def realised(rounds: int) -> list[dict]:
-    """Half of the images leave at the middle exit: time realised against the times of the parts."""
+    """Half of the images exit at the middle exit: measured time against the sum of the times of the parts."""
     rows = []
     for name in (RESNET, VIT):
         model = create(name)
@@ -125,10 +125,10 @@ def realised(rounds: int) -> list[dict]:
 
 @torch.no_grad()
 def candidates_of_parts(model, batch_size: int) -> dict:
-    """Return early exit, the plain network, and the parts that the images pass: one by one, or as a batch."""
+    """Return early exit, the plain network, and the parts that the images run through, one by one or as a batch."""
     images = unlike_images(max(2, batch_size), 224)
-    policy = leaving_at(model, images, 1, len(images) // 2)
-    images = images[model.early_exit(images, policy).exit_index.argsort()]  # those that leave come first
+    policy = exiting_at(model, images, 1, len(images) // 2)
+    images = images[model.early_exit(images, policy).exit_index.argsort()]  # those that exit early come first
     outputs, maps = stage_outputs(model, images)
     first, middle, last = model.exit_stages
     cut, rest = trunk(model, 1), Rest(model.backbone, middle)
@@ -151,13 +151,13 @@ def candidates_of_parts(model, batch_size: int) -> dict:
 
 
 def overhead(rounds: int) -> list[dict]:
-    """Nobody leaves: time over plain timm plus its heads, each timed alone."""
+    """No image exits early: time over that of plain timm plus its heads, each timed alone."""
     rows = []
     for name in (RESNET, VIT):
         model = create(name)
         for batch in (1, 16):
             images = unlike_images(batch, 224)
-            policy = leaving_at(model, images, 0, 0)
+            policy = exiting_at(model, images, 0, 0)
             maps = stage_outputs(model, images)[1]
             candidates = {"early": partial(model.early_exit, images, policy), "plain": partial(model.backbone, images)}
             for exit, stage in enumerate(model.exit_stages):
@@ -176,18 +176,18 @@ def overhead(rounds: int) -> list[dict]:
 
 
 def batch(rounds: int) -> list[dict]:
-    """A batch of 16 of which nine images leave at the first exit, against the alternatives."""
+    """A batch of 16 images of which nine exit at the first exit, against the alternatives."""
     from earlyon.models.custom import custom_ee
 
     images = unlike_images(16, 160)
     model = create(RESNET)
-    policy = leaving_at(model, images, 0, 9)
+    policy = exiting_at(model, images, 0, 9)
     peer = custom_ee(
         create(RESNET).backbone, ["layer1", "layer2", "layer3"], 1000, input_shape=(1, 3, 160, 160)
     ).eval()
     with torch.no_grad():
-        surest = peer(images, mode="training")[0].softmax(dim=1).amax(dim=1).sort(descending=True).values
-    peer.config.confidence_thresholds = [surest[8:10].mean().item(), 1.0, 1.0]
+        confidence = peer(images, mode="training")[0].softmax(dim=1).amax(dim=1).sort(descending=True).values
+    peer.config.confidence_thresholds = [confidence[8:10].mean().item(), 1.0, 1.0]
     taken = [peer(image[None], mode="inference").exit_taken for image in images]
     assert taken.count(0) == 9 and taken.count(-1) == 7
     candidates = {
@@ -215,7 +215,7 @@ def batch(rounds: int) -> list[dict]:
 
 
 def synthetic(num_images: int) -> tuple[Tensor, Tensor]:
-    """Make over-confident logits of four exits that agree more than by chance and differ in skill."""
+    """Make over-confident logits of four exits that agree more often than by chance and differ in accuracy."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(100, (num_images,), generator=generator)
     hardness, shared = torch.randn(num_images, generator=generator), torch.randn(num_images, 100, generator=generator)
@@ -228,7 +228,7 @@ def synthetic(num_images: int) -> tuple[Tensor, Tensor]:
 
 
 def real(checkpoint: str, dataset: str) -> tuple[Tensor, Tensor, list[float]]:
-    """Run a trained checkpoint on the evaluation split it has not seen."""
+    """Run a trained checkpoint on the unseen evaluation split."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import timm
     from data import DataArguments, LabelledImages, load_images
@@ -255,8 +255,8 @@ def exhaustive(evidence, levels: int = 60) -> tuple[Tensor, Tensor, list[Tensor]
         sums = below(histogram, axis)
         return sums.narrow(axis, levels + 1, 1) - sums
 
-    def leave(weights: list[Tensor]) -> Tensor:  # sums of weights[exit] over the images that leave there
-        first, second, third, deepest = (
+    def total(weights: list[Tensor]) -> Tensor:  # sums of weights[exit] over the images that exit there
+        first, second, third, final = (
             torch.bincount(cells, weights=weight, minlength=(levels + 1) ** 3).reshape([levels + 1] * 3)
             for weight in weights
         )
@@ -264,15 +264,15 @@ def exhaustive(evidence, levels: int = 60) -> tuple[Tensor, Tensor, list[Tensor]
             above(first.sum((1, 2)), 0)[:, None, None]
             + above(below(second.sum(2), 0), 1)[:, :, None]
             + above(below(below(third, 0), 1), 2)
-            + below(below(below(deepest, 0), 1), 2)
+            + below(below(below(final, 0), 1), 2)
         ) / len(cells)
 
     ones = torch.ones(len(cells), dtype=torch.float64)
-    return leave(list(evidence.correct)), leave([ones * cost for cost in evidence.costs]), grids
+    return total(list(evidence.correct)), total([ones * cost for cost in evidence.costs]), grids
 
 
 class CachedLogits:
-    """Logits in the place of a model that earlyon calibrates."""
+    """Logits in place of a model, for earlyon to calibrate on."""
 
     def __init__(self, logits: Tensor, costs: list[float]):
         from earlyon.core.types import EarlyExitConfig, ExitPoint
@@ -283,15 +283,15 @@ class CachedLogits:
         self.logits, self.training = logits, False
 
     def to(self, device):
-        """Stay where it is."""
+        """Do nothing: there are no weights."""
         return self
 
     def eval(self):
-        """Stay as it is."""
+        """Do nothing: there are no modes."""
         return self
 
     def train(self, mode):
-        """Stay as it is."""
+        """Do nothing: there are no modes."""
         return self
 
     def __call__(self, indices, mode):
@@ -300,13 +300,13 @@ class CachedLogits:
 
 
 def calibrate_peer(logits, labels, costs, target, fit_temperature) -> ExitPolicy:
-    """Let earlyon calibrate on logits for a budget, and return its policy as ours."""
+    """Calibrate on logits for a budget with earlyon, and return its policy as an ExitPolicy."""
     from earlyon.core.thresholds import calibrate_thresholds_for_budget
 
     model = CachedLogits(logits, costs)
     loader = [(torch.arange(len(labels)), labels)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that temperatures are fitted on the same images, as ours are
+        warnings.simplefilter("ignore")  # about temperatures that are fitted on the same images, as ours are
         calibrate_thresholds_for_budget(model, loader, target, fit_temperature=fit_temperature)
     config = model.config
     thresholds = [
@@ -318,17 +318,18 @@ def calibrate_peer(logits, labels, costs, target, fit_temperature) -> ExitPolicy
 
 
 def score(policy: ExitPolicy, logits, labels, costs) -> tuple[float, float]:
-    _, evidence = gather_evidence(logits, labels, costs, policy=policy)
+    evidence = gather_evidence(logits, labels, costs, policy)
     return evidence.measure(list(policy.thresholds))
 
 
 def calibration(sources: dict) -> list[dict]:
-    """Accuracy at budgets against exhaustive search, and against earlyon at the cost that it achieves."""
+    """Accuracy at given budgets, against exhaustive search and against earlyon at its achieved cost."""
     rows = []
     for source, (logits, labels, costs) in sources.items():
         half = len(labels) // 2
         given, kept = (logits[:, :half], labels[:half], costs), (logits[:, half:], labels[half:], costs)
-        policy, evidence = gather_evidence(*given)
+        policy = fit_policy(*given[:2])
+        evidence = gather_evidence(*given, policy)
         accuracy, cost, grids = exhaustive(evidence)
         for target in TARGETS:
             if target < evidence.costs.min():
@@ -350,7 +351,7 @@ def calibration(sources: dict) -> list[dict]:
                 peer = calibrate_peer(*given, target, fit_temperature)
                 peer_accuracy, peer_cost = score(peer, *kept)
                 row[f"{name}, test"], row[f"{name}, cost"] = 100 * peer_accuracy, peer_cost
-                # Equal cost achieved on the test images: aim where theirs ended up, a little below.
+                # For equal cost on the test images, the target is the cost of theirs on the calibration images.
                 match = solve(policy, evidence, target_cost=min(1.0, score(peer, *given)[1]))
                 matched_accuracy, matched_cost = score(match, *kept)
                 row[f"ours at {name}'s cost"], row[f"our cost at {name}'s"] = 100 * matched_accuracy, matched_cost
@@ -360,7 +361,7 @@ def calibration(sources: dict) -> list[dict]:
 
 
 def guarantee(sources: dict, splits: int) -> list[dict]:
-    """Share of random calibration and test splits in which the risk on the test images exceeds the demand."""
+    """Share of random calibration and test splits in which the risk on the test images exceeds ``max_risk``."""
     rows = []
     for source, (logits, labels, costs) in sources.items():
         for against, max_risk in (("labels", 0.02), ("deepest exit", 0.05)):
@@ -369,11 +370,11 @@ def guarantee(sources: dict, splits: int) -> list[dict]:
                 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(split))
                 given, kept = order[: len(order) // 2], order[len(order) // 2 :]
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a split on which nothing can be shown
+                    warnings.simplefilter("ignore")  # splits on which no policy can be certified
                     targets = labels[given] if against == "labels" else None
                     policy = calibrate(logits[:, given], targets, costs, max_risk=max_risk, delta=0.05)
                 targets = labels[kept] if against == "labels" else None
-                _, evidence = gather_evidence(logits[:, kept], targets, costs, policy=policy)
+                evidence = gather_evidence(logits[:, kept], targets, costs, policy)
                 accuracy, cost = evidence.measure(list(policy.thresholds))
                 exceeded += evidence.correct[-1].mean().item() - accuracy > max_risk
                 early += cost < 1
@@ -428,7 +429,7 @@ def main():
                 "load at the start and end": f"{load:.1f}, {os.getloadavg()[0]:.1f}",
             }
         else:
-            # The search is judged on many images; the guarantee is for as few as users have.
+            # The search is evaluated on many images; the guarantee on as few as users have.
             count = 60_000 if part == "calibration" else 10_000
             sources = {"synthetic": (*synthetic(count), [0.192, 0.4435, 0.8016, 1.0])}
             if options.checkpoint:

@@ -15,8 +15,9 @@ ALLOWED = {
     "calibration": ("models",),
     "evaluation": ("models", "calibration"),
     "deploy": ("models", "calibration"),
-    "model_card": ("models", "methods", "evaluation", "_version"),
-    "training": ("models", "functional", "methods", "calibration", "evaluation", "model_card"),
+    "tasks": ("evaluation", "functional"),
+    "model_card": ("models", "methods", "evaluation", "tasks", "_version"),
+    "training": ("models", "functional", "methods", "calibration", "evaluation", "tasks", "model_card"),
     "_version": (),
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -1,4 +1,4 @@
-"""Guarantees on the risk of an exit policy: p-values for finite samples, and the order they are tested in."""
+"""Guarantees on the risk of an exit policy: p-values for finite samples, and the order of the tests."""
 
 import math
 
@@ -16,24 +16,24 @@ def certify(
     *,
     signed: bool,
 ) -> list[float] | None:
-    """Return the cheapest policy that is shown to have a risk of at most ``max_risk`` with probability ``1 - delta``.
+    """Return the cheapest policy whose risk is certified to be at most ``max_risk`` with probability ``1 - delta``.
 
-    Fixed sequence testing: policies are tested one after the other, each at level ``delta``, until one is not shown to
-    be safe. It keeps the chance of any false claim at ``delta`` as long as the order does not depend on the test
-    images (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052, section 2.3). As in Pareto testing
+    Fixed sequence testing: policies are tested one after the other, each at level ``delta``, until one cannot
+    be certified. This keeps the chance of any false claim at ``delta`` as long as the order does not depend on the
+    test images (Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052, section 2.3). As in Pareto testing
     (Laufer-Goldshtein et al., ICLR 2023, https://arxiv.org/abs/2210.07913) other images give the order: the policy
-    that looks safest first, then ever cheaper ones.
+    that looks safest first, then policies of decreasing cost.
 
     Args:
-        policies: Thresholds.
+        policies: Thresholds of each policy.
         proposal: The images that the policies were found on.
         test: Other images, drawn independently from the same distribution.
         max_risk: The largest risk allowed, in (0, 1).
         delta: Chance of a false claim, in (0, 1).
-        signed: Whether an early answer may also be right where the deepest exit is wrong, which lowers the risk.
+        signed: Whether an early prediction may also be correct where the final exit is wrong, which lowers the risk.
 
     Returns:
-        The thresholds, ``None`` if not even the first policy is shown to be safe.
+        The thresholds, ``None`` if not even the first policy can be certified.
     """
     certified = None
     for stake, policy in _safest_first(policies, proposal, max_risk):
@@ -49,7 +49,7 @@ def certify(
 
 
 def _safest_first(policies: list[list[float]], proposal: Evidence, max_risk: float) -> list[tuple[float, list[float]]]:
-    """Order policies by how fast wealth grows against them, leaving out those no cheaper than a safer one."""
+    """Order policies by how fast wealth grows against them, without those no cheaper than a safer one."""
     judged = []
     for policy in policies:
         stake, growth = best_stake(*_count(proposal, policy), max_risk)
@@ -63,14 +63,14 @@ def _safest_first(policies: list[list[float]], proposal: Evidence, max_risk: flo
 
 
 def _count(evidence: Evidence, policy: list[float]) -> tuple[int, int, int]:
-    """Count images that only the deepest exit gets right, those that only the policy does, and all."""
+    """Count images that only the final exit gets right, images that only the policy gets right, and all images."""
     chosen = evidence.correct.gather(0, evidence.exit_index(policy).unsqueeze(0)).squeeze(0)
     change = evidence.correct[-1] - chosen
     return int((change > 0).sum()), int((change < 0).sum()), len(change)
 
 
 def binomial_p_value(lost: int, num_images: int, max_risk: float) -> float:
-    """Return the chance of ``lost`` or fewer losses among images that are each lost with chance ``max_risk``, exactly.
+    """Return the exact chance of at most ``lost`` losses among images that are each lost with chance ``max_risk``.
 
     Example:
         >>> round(binomial_p_value(0, 100, 0.05), 6)  # 0.95 ** 100
@@ -85,18 +85,18 @@ def binomial_p_value(lost: int, num_images: int, max_risk: float) -> float:
 def betting_p_value(lost: int, won: int, num_images: int, max_risk: float, stake: float) -> float:
     """Return a p-value for a mean of at least ``max_risk`` of a loss that is 1, 0 or -1.
 
-    The wealth of a gambler who bets the share ``stake`` against every image in turn is
+    A gambler who bets the share ``stake`` against each image in turn ends with a wealth of
     ``prod_i (1 + stake * (max_risk - loss_i))``. Its expectation is at most 1 if the mean is ``max_risk`` or more, so
-    that by Markov's inequality its inverse is a p-value (Waudby-Smith and Ramdas, JRSS B 2024,
-    https://arxiv.org/abs/2010.09686, section 4). Unlike bounds that only know the range of the loss, which for one in
-    [-1, 1] say nothing useful, it gets sharper the fewer answers change.
+    that its inverse is a p-value by Markov's inequality (Waudby-Smith and Ramdas, JRSS B 2024,
+    https://arxiv.org/abs/2010.09686, section 4). Bounds from the range [-1, 1] of
+    the loss alone are useless here; this one is the sharper, the fewer predictions change.
 
     Args:
         lost: Images with loss 1.
         won: Images with loss -1.
         num_images: All images.
-        max_risk: The mean to be refuted.
-        stake: In [0, 1 / (1 - max_risk)), chosen without these images.
+        max_risk: The mean to refute.
+        stake: In [0, 1 / (1 - max_risk)), chosen independently of these images.
 
     Example:
         >>> round(betting_p_value(0, 0, 100, 0.05, 1.0), 6)  # 1.05 ** -100
@@ -112,9 +112,9 @@ def betting_p_value(lost: int, won: int, num_images: int, max_risk: float, stake
 
 
 def best_stake(lost: int, won: int, num_images: int, max_risk: float) -> tuple[float, float]:
-    """Return the stake under which wealth grows fastest on images like these, and the growth of its logarithm.
+    """Return the stake with the fastest growth of wealth on images like these, and the growth of its logarithm.
 
-    One more lost image is assumed, so that nothing is staked on never losing.
+    One more lost image is assumed, so that no stake relies on never losing.
     """
     stakes = torch.linspace(0, 1 / (1 - max_risk), 1001, dtype=torch.float64)[:-1]
     growth = (

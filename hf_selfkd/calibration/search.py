@@ -7,19 +7,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Exits whose thresholds are searched together, every combination of so many for each.
+# Exits whose thresholds are searched jointly, and the levels of each on the grid of their combinations.
 WINDOW, LEVELS = 3, 33
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the search knows of calibration images.
+    """Scores and correctness of calibration images at every exit.
 
     Args:
         scores: ``(auxiliary exits, images)``, float32, larger where more certain.
-        correct: ``(exits, images)``, float64, 1 where an exit is right and 0 where it is wrong.
-        costs: ``(exits,)``, float64, as shares of the deepest exit's.
+        correct: ``(exits, images)``, float64, 1 where the prediction of an exit is correct and 0 where it is wrong.
+        costs: ``(exits,)``, float64, as shares of the final exit's.
         never: A threshold that no score reaches.
+
+    Attributes:
+        order: ``(auxiliary exits, images)``, the images of each exit by descending score.
+        thresholds: ``(auxiliary exits, images + 1)``; ``thresholds[exit, n]`` is reached by the ``n`` most confident
+            images: by none, ..., by all.
+        separates: Likewise, bool: false where two images have the same score, which no threshold separates.
     """
 
     scores: Tensor
@@ -33,31 +39,29 @@ class Evidence:
         above, below = ranked[:, :-1], ranked[:, 1:]
         middle = ((above.double() + below.double()) / 2).float()
         end = torch.ones_like(ranked[:, :1])
-        # thresholds[exit, n] lets the n surest images leave: nobody, ..., everybody. Where two images have the same
-        # score no threshold separates them.
         thresholds = torch.cat([end * self.never, torch.where(middle > below, middle, above), end * 0], dim=1)
         separates = torch.cat([end > 0, above > below, end > 0], dim=1)
         for name, value in {"order": order, "thresholds": thresholds, "separates": separates}.items():
             object.__setattr__(self, name, value)
 
-    def leaves(self, thresholds: list[float]) -> Tensor:
-        """Tell which images reach which threshold, ``(auxiliary exits, images)``."""
+    def reached(self, thresholds: list[float]) -> Tensor:
+        """Return whether each score reaches the threshold of its exit, ``(auxiliary exits, images)``."""
         return self.scores >= torch.tensor(thresholds).unsqueeze(1)
 
     def separable(self, exit: int, ranks: Tensor) -> Tensor:
-        """Return the largest numbers of leaving images, none above ``ranks``, that a threshold can separate."""
+        """Return the largest numbers of images, none above ``ranks``, that a threshold separates from the others."""
         positions = torch.arange(self.separates.shape[1])
         return torch.where(self.separates[exit], positions, 0).cummax(0).values[ranks]
 
     def exit_index(self, thresholds: list[float]) -> Tensor:
         """Return the exit of each image, ``(images,)``."""
-        return self.next_exit(self.leaves(thresholds), 0)
+        return self.next_exit(self.reached(thresholds), 0)
 
-    def next_exit(self, leaves: Tensor, start: int) -> Tensor:
-        """Return where each image leaves that has come as far as exit ``start``, ``(images,)``."""
+    def next_exit(self, reached: Tensor, start: int) -> Tensor:
+        """Return the exit of each image that gets as far as exit ``start``, ``(images,)``."""
         exit_index = torch.full(self.correct.shape[1:], len(self.correct) - 1)
-        for exit in reversed(range(start, len(leaves))):
-            exit_index = torch.where(leaves[exit], exit, exit_index)
+        for exit in reversed(range(start, len(reached))):
+            exit_index = torch.where(reached[exit], exit, exit_index)
         return exit_index
 
     def measure(self, thresholds: list[float]) -> tuple[float, float]:
@@ -67,30 +71,31 @@ class Evidence:
         return accuracy.item(), self.costs[exit_index].mean().item()
 
     def trade_off(self, thresholds: list[float], exit: int) -> tuple[Tensor, Tensor]:
-        """Return accuracy and cost, each ``(images + 1,)``, if the 0, 1, ... surest images may leave at one exit.
+        """Return accuracy and cost, each ``(images + 1,)``, at all thresholds of one exit, the others fixed.
 
-        The other exits keep their thresholds. Images that have left before do not count.
+        Position ``n`` is the threshold that the ``n`` most confident images reach. Images that have exited before
+        stay where they are.
         """
-        leaves = self.leaves(thresholds)
-        comes = ~leaves[:exit].any(dim=0)
-        otherwise = self.next_exit(leaves, exit + 1)
+        reached = self.reached(thresholds)
+        arrives = ~reached[:exit].any(dim=0)
+        otherwise = self.next_exit(reached, exit + 1)
         stay_accuracy, stay_cost = self.measure(thresholds[:exit] + [self.never] + thresholds[exit + 1 :])
         gain = self.correct[exit] - self.correct.gather(0, otherwise.unsqueeze(0)).squeeze(0)
         saving = self.costs[exit] - self.costs[otherwise]
         num_images = self.scores.shape[1]
         curves = []
         for base, change in ((stay_accuracy, gain), (stay_cost, saving)):
-            change = (change * comes)[self.order[exit]].cumsum(0) / num_images
+            change = (change * arrives)[self.order[exit]].cumsum(0) / num_images
             curves.append(torch.cat([torch.zeros(1, dtype=change.dtype), change]) + base)
         return curves[0], curves[1]
 
 
-# Maps accuracies and costs of policies to what is to be maximised; minus infinity is not allowed.
+# Maps accuracies and costs of policies to the value to maximise; minus infinity is not allowed.
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def ascend(evidence: Evidence, thresholds: list[float], objective: Objective) -> list[float]:
-    """Improve one threshold after the other, each to its optimum given the others, until none moves."""
+    """Improve one threshold after the other, each to its optimum given the others, until none changes."""
     thresholds = list(thresholds)
     best = None
     while True:
@@ -105,57 +110,92 @@ def ascend(evidence: Evidence, thresholds: list[float], objective: Objective) ->
         best = value
 
 
-def combinations(
+def grid_trade_off(
     evidence: Evidence, thresholds: list[float], first: int, ranks: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return accuracy and cost of every combination of thresholds of neighbouring exits, the others staying.
+    """Return accuracy and cost of every combination of thresholds of neighbouring exits, the others fixed.
 
-    Images are counted by how many of an exit's thresholds they reach; cumulative sums of these counts give all
-    combinations at once.
+    Images are sorted once into the cells of a histogram, by the number of thresholds of each exit that they miss.
+    Cumulative sums over its axes then give every combination at once.
 
     Args:
         evidence: The images.
         thresholds: One per auxiliary exit.
         first: The first exit whose threshold varies.
-        ranks: For each exit that varies, how many of the surest images may leave there, descending certainty.
+        ranks: For each exit that varies, its thresholds as numbers of images that reach them, ascending.
 
     Returns:
         Two tensors with one axis per exit that varies.
+
+    Example:
+        Two exits before the final one, each with a threshold that no image reaches and one that the two most
+        confident of three images reach. The first exit is correct on one of these two.
+
+        >>> scores = torch.tensor([[0.9, 0.6, 0.2], [0.8, 0.7, 0.4]])
+        >>> correct = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+        >>> evidence = Evidence(scores, correct, torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64), never=2.0)
+        >>> levels = torch.tensor([0, 2])
+        >>> accuracy, cost = grid_trade_off(evidence, [2.0, 2.0], 0, [levels, levels])
+        >>> (3 * accuracy).tolist()  # correct images: rows are thresholds of exit 0, columns of exit 1
+        [[3.0, 3.0], [2.0, 2.0]]
+        >>> (3 * cost).tolist()
+        [[3.0, 2.0], [1.5, 1.5]]
     """
-    leaves = evidence.leaves(thresholds)
-    comes = ~leaves[:first].any(dim=0)
-    count = len(ranks)
-    before = evidence.next_exit(leaves, 0)[~comes]
-    exits = [torch.full((int(comes.sum()),), exit) for exit in range(first, first + count)]
-    exits.append(evidence.next_exit(leaves, first + count)[comes])
-    cells = torch.zeros_like(exits[-1])
+    reached = evidence.reached(thresholds)
+    arrives = ~reached[:first].any(dim=0)
+    before = evidence.next_exit(reached, 0)[~arrives]
+    behind = evidence.next_exit(reached, first + len(ranks))[arrives]
+    exits = torch.stack([*(torch.full_like(behind, first + axis) for axis in range(len(ranks))), behind])
+    shape = [len(rank) + 1 for rank in ranks]
+    cells = torch.zeros_like(behind)
     for exit, rank in enumerate(ranks, start=first):
         levels = evidence.thresholds[exit, rank].flip(0)  # ascending
-        unreached = len(rank) - torch.bucketize(evidence.scores[exit, comes], levels, right=True)
-        cells = cells * (len(rank) + 1) + unreached
-    shape = [len(rank) + 1 for rank in ranks]
+        missed = len(rank) - torch.bucketize(evidence.scores[exit, arrives], levels, right=True)
+        cells = cells * (len(rank) + 1) + missed
 
-    def total(values: Tensor, gone: Tensor) -> Tensor:
-        sums = gone.sum()
+    def mean(values: Tensor, exited: Tensor) -> Tensor:
+        total = exited.sum()
         for position, weights in enumerate(values):
-            counts = torch.bincount(cells, weights=weights, minlength=math.prod(shape)).reshape(shape)
-            for axis in range(count):
-                # An image leaves at rank r if it reaches that threshold, so if fewer than r + 1 are unreached.
-                reached = counts.cumsum(axis).narrow(axis, 0, shape[axis] - 1)
-                whole = counts.sum(axis, keepdim=True)
-                counts = reached if axis == position else whole - reached if axis < position else whole
-            sums = sums + counts
-        return sums / evidence.scores.shape[1]
+            histogram = torch.bincount(cells, weights=weights, minlength=math.prod(shape)).reshape(shape)
+            total = total + _sum_exiting(histogram, position)
+        return total / evidence.scores.shape[1]
 
-    correct, here = evidence.correct[:, comes], torch.stack(exits)
-    accuracy = total(correct.gather(0, here), evidence.correct[:, ~comes].gather(0, before.unsqueeze(0)))
-    return accuracy, total(evidence.costs[here], evidence.costs[before])
+    correct = evidence.correct[:, arrives].gather(0, exits)
+    correct_before = evidence.correct[:, ~arrives].gather(0, before.unsqueeze(0))
+    return mean(correct, correct_before), mean(evidence.costs[exits], evidence.costs[before])
+
+
+def _sum_exiting(histogram: Tensor, position: int) -> Tensor:
+    """Sum over the images that exit at the exit of axis ``position``, behind all axes if there is none."""
+    for earlier in range(min(position, histogram.dim())):
+        histogram = _stay(histogram, earlier)
+    if position < histogram.dim():
+        histogram = _exit(histogram, position)
+    for later in range(position + 1, histogram.dim()):
+        histogram = _any(histogram, later)
+    return histogram
+
+
+def _exit(histogram: Tensor, axis: int) -> Tensor:
+    """Sum over the images that reach each threshold of an exit: threshold ``r``, if they miss at most ``r``."""
+    return histogram.cumsum(axis).narrow(axis, 0, histogram.shape[axis] - 1)
+
+
+def _any(histogram: Tensor, axis: int) -> Tensor:
+    """Sum over all images, whichever thresholds of an exit they reach."""
+    return histogram.sum(axis, keepdim=True)
+
+
+def _stay(histogram: Tensor, axis: int) -> Tensor:
+    """Sum over the images that miss each threshold of an exit."""
+    return _any(histogram, axis) - _exit(histogram, axis)
 
 
 def search(evidence: Evidence, objective: Objective) -> list[float]:
-    """Find good thresholds: all combinations of coarse levels for up to three exits together, then finer ones.
+    """Find good thresholds: all combinations of coarse levels for up to three exits jointly, then finer ones.
 
-    With more exits, windows of three neighbours take turns until none improves. Single thresholds end exactly.
+    With more exits, windows of three neighbours take turns until none improves. In the end each threshold is optimal
+    given the others.
     """
     num_early = len(evidence.scores)
     thresholds, best = [evidence.never] * num_early, -math.inf
@@ -179,7 +219,7 @@ def _zoom(evidence: Evidence, thresholds: list[float], window: range, objective:
             evidence.separable(exit, torch.linspace(start, end, LEVELS).round().long())
             for exit, start, end in zip(window, low.tolist(), high.tolist(), strict=True)
         ]
-        values = objective(*combinations(evidence, thresholds, window[0], ranks))
+        values = objective(*grid_trade_off(evidence, thresholds, window[0], ranks))
         places = torch.unravel_index(values.argmax(), values.shape)
         found = list(thresholds)
         for exit, rank, place in zip(window, ranks, places, strict=True):
@@ -204,24 +244,24 @@ def optimise(
     """Find the best accuracy at no more than a cost, or the least cost at no less than an accuracy.
 
     Returns:
-        The thresholds, ``None`` if no policy that lets an image leave early meets the demand.
+        The thresholds, ``None`` if no policy with early exits satisfies the constraint.
     """
 
     def objective(accuracy: Tensor, cost: Tensor) -> Tensor:
-        # The other quantity breaks ties: it weighs less than one image among a million does.
+        # The other quantity breaks ties: it weighs less than one image in a million does.
         if max_cost is not None:
             return (accuracy - 1e-9 * cost).masked_fill(cost > max_cost + 1e-12, -math.inf)
         return (1e-9 * accuracy - cost).masked_fill(accuracy < min_accuracy - 1e-12, -math.inf)
 
     best = search(evidence, objective)
-    return best if evidence.leaves(best).any() else None
+    return best if evidence.reached(best).any() else None
 
 
 def frontier(evidence: Evidence, max_risk: float, num_prices: int = 80) -> list[list[float]]:
-    """List policies of ever less compute, as far as they lose ``max_risk`` of accuracy against the deepest exit.
+    """List policies of decreasing cost, up to a loss of ``max_risk`` of accuracy against the final exit.
 
-    There are two kinds: those of most accuracy for their cost, which change many answers for better and worse, and
-    those that spoil the fewest answers for their cost, which change few.
+    There are two kinds: those with the best accuracy for their cost, which change many predictions for better and
+    worse, and those that lose the fewest correct predictions for their cost, which change few.
     """
     lost = (evidence.correct[-1] - evidence.correct).clamp(min=0)
     never = [evidence.never] * len(evidence.scores)
@@ -229,7 +269,7 @@ def frontier(evidence: Evidence, max_risk: float, num_prices: int = 80) -> list[
     ranks = [evidence.separable(exit, levels) for exit in range(min(WINDOW, len(evidence.scores)))]
     found = []
     for view in (evidence, replace(evidence, correct=1 - lost)):
-        accuracies, costs = combinations(view, never, 0, ranks)
+        accuracies, costs = grid_trade_off(view, never, 0, ranks)
         policy = never
         for price in torch.logspace(-5, 1, num_prices).tolist():
 

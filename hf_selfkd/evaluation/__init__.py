@@ -1,24 +1,23 @@
-"""What a multi-exit model is worth: costs, curves, and metrics of every exit."""
+"""Evaluation of multi-exit models: costs, curves, and metrics of every exit."""
 
-from .classification import calibration_error, compute_exit_metrics, reduce_to_answers, summarise_answers
+from .classification import calibration_error, compute_class_metrics, reduce_class_logits
 from .costs import exit_costs, exit_latencies, exit_parameters, measure_throughput
 from .curves import anytime_curve, budgeted_curve, collect_logits, plot_curves, to_table
-from .segmentation import compute_pixel_metrics, reduce_to_pixel_counts
+from .segmentation import compute_segmentation_metrics, reduce_pixel_logits
 
 __all__ = [
     "anytime_curve",
     "budgeted_curve",
     "calibration_error",
     "collect_logits",
-    "compute_exit_metrics",
-    "compute_pixel_metrics",
+    "compute_class_metrics",
+    "compute_segmentation_metrics",
     "exit_costs",
     "exit_latencies",
     "exit_parameters",
     "measure_throughput",
     "plot_curves",
-    "reduce_to_answers",
-    "reduce_to_pixel_counts",
-    "summarise_answers",
+    "reduce_class_logits",
+    "reduce_pixel_logits",
     "to_table",
 ]

@@ -1,4 +1,4 @@
-"""What early exit costs: multiply-adds, parameters and milliseconds per exit, images per second."""
+"""The cost of early exit: multiply-adds, parameters and milliseconds per exit, images per second."""
 
 import copy
 import time
@@ -85,7 +85,7 @@ def exit_parameters(model: PreTrainedModel) -> list[int]:
 
 
 def _meta_twin(model: PreTrainedModel, image_size: int | tuple[int, int] | None) -> tuple[PreTrainedModel, Tensor]:
-    """Build the model and an image without memory: a call of it costs nothing."""
+    """Build the model and an image on the meta device, where running it takes neither memory nor time."""
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config)).eval()
         return twin, torch.empty(1, *_image_shape(model, image_size))
@@ -98,19 +98,19 @@ def exit_latencies(
     batch_size: int = 1,
     repeats: int = 30,
 ) -> list[float]:
-    """Measure the milliseconds after which a batch can leave at each exit, on the device that the model is on.
+    """Measure the latency of a batch up to each exit in milliseconds, on the device of the model.
 
-    Heads on the way and the decisions are included. With these as ``costs``, the ``target_cost`` for a budget of so
-    many milliseconds is the budget over the last of them.
+    It is cumulative, with the heads and scores of earlier exits. With these as ``costs``, the ``target_cost`` for a
+    budget in milliseconds is the budget over the last of them.
 
     Args:
         model: A multi-exit model for classification, in eval mode.
-        image_size: Side of the image, or height and width, in pixels; ``None`` for the one the model is meant for.
-        batch_size: Images at once; the times are those of the batch.
-        repeats: Runs whose median is taken, after a tenth as many to warm up.
+        image_size: Side of the image, or height and width, in pixels; ``None`` for the model's own.
+        batch_size: Images in the batch that is timed.
+        repeats: Number of runs to take the median of, after a tenth as many for warm-up.
 
     Returns:
-        One number per exit, shallow to deep.
+        One number per exit, first to last.
     """
     images = torch.randn(batch_size, *_image_shape(model, image_size)).to(model.device, model.dtype)
     clock = partial(_milliseconds, images.device)
@@ -135,14 +135,14 @@ def measure_throughput(
     *,
     repeats: int = 10,
 ) -> dict[str, float]:
-    """Measure what early exit saves on a batch beside what counting says it saves.
+    """Measure the speed-up of early exit on a batch, and compare it with the one counted from costs.
 
     Args:
         model: A multi-exit model for classification, in eval mode.
-        pixel_values: Real images ``(batch, channels, height, width)``: made-up ones leave elsewhere.
-        policy: When an image may leave.
-        costs: Cost of an image that leaves at each exit, such as :func:`exit_costs`.
-        repeats: Runs of each kind, in turn, whose medians are compared.
+        pixel_values: Real images ``(batch, channels, height, width)``: random inputs exit elsewhere.
+        policy: The exit policy.
+        costs: Cost of an image that exits at each exit, such as :func:`exit_costs`.
+        repeats: Number of runs of each kind, in turn, to compare the medians of.
 
     Returns:
         ``images_per_second`` and ``plain_images_per_second`` of the backbone alone, ``realised_speedup``, their ratio,

@@ -1,4 +1,4 @@
-"""What early exit earns: curves of accuracy against cost, as rows, tables and pictures."""
+"""Curves of accuracy against cost, as rows, tables and figures."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration.calibrate import gather_evidence, solve
+from ..calibration.calibrate import fit_policy, gather_evidence, solve
 
 
 @torch.no_grad()
 def collect_logits(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Run all exits on labelled images.
+    """Collect the logits of all exits on labelled images.
 
     Args:
         model: A multi-exit model for classification, in eval mode.
-        batches: Dictionaries with ``pixel_values`` and ``labels``, such as a ``DataLoader`` yields.
+        batches: Dictionaries with ``pixel_values`` and ``labels``, such as those of a ``DataLoader``.
 
     Returns:
         Logits ``(exits, images, classes)`` in float32 and labels ``(images,)``, on the CPU.
@@ -29,19 +29,19 @@ def collect_logits(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]])
     logits, labels = [], []
     for batch in batches:
         targets = batch["labels"].to(model.device)
-        output = model(batch["pixel_values"].to(model.device), labels=targets)  # labels: all exits, whatever config
+        output = model(batch["pixel_values"].to(model.device), labels=targets)  # with labels: all exits
         logits.append(torch.stack(output.exit_logits).float().cpu())
         labels.append(targets.cpu())
     return torch.cat(logits, dim=1), torch.cat(labels)
 
 
 def anytime_curve(exit_logits: Tensor, labels: Tensor, costs: Sequence[float]) -> list[dict[str, float]]:
-    """Return accuracy and cost of each exit alone: what a network gives that may be stopped at any time.
+    """Return accuracy and cost of each exit alone (anytime prediction: MSDNet, Huang et al. 2018, section 3).
 
     Args:
         exit_logits: ``(exits, images, classes)``.
         labels: Class indices ``(images,)``.
-        costs: Cost of an image that leaves at each exit.
+        costs: Cost of an image that exits at each exit.
 
     Returns:
         Rows with ``exit``, ``cost``, ``share`` of the full cost, and ``accuracy``.
@@ -70,24 +70,25 @@ def budgeted_curve(
     """Return accuracy against mean cost as the budget varies (MSDNet, Huang et al. 2018, budgeted classification).
 
     Args:
-        exit_logits: Logits that policies are calibrated on, ``(exits, images, classes)``.
+        exit_logits: Logits to calibrate policies on, ``(exits, images, classes)``.
         labels: Their labels.
-        costs: Cost of an image that leaves at each exit.
-        test_logits: Logits of other images, that policies are judged on.
+        costs: Cost of an image that exits at each exit.
+        test_logits: Logits of unseen images, to evaluate policies on.
         test_labels: Their labels.
-        targets: Budgets as shares of the full cost; those below the cheapest exit's are left out.
-        criterion: What policies decide by.
+        targets: Budgets as shares of the full cost; those below the cost of the cheapest exit are skipped.
+        criterion: Name of the score that policies use.
 
     Returns:
         Rows with ``target``, ``cost``, ``share`` of the full cost, and ``accuracy``.
     """
-    policy, evidence = gather_evidence(exit_logits, labels, costs, criterion)
+    policy = fit_policy(exit_logits, labels, criterion)
+    evidence = gather_evidence(exit_logits, labels, costs, policy)
     rows = []
     for target in targets:
         if target >= evidence.costs.min():
             best = solve(policy, evidence, target_cost=target)
-            _, found = gather_evidence(test_logits, test_labels, costs, policy=best)
-            accuracy, share = found.measure(list(best.thresholds))
+            test = gather_evidence(test_logits, test_labels, costs, best)
+            accuracy, share = test.measure(list(best.thresholds))
             rows.append({"target": target, "cost": share * costs[-1], "share": share, "accuracy": accuracy})
     return rows
 
@@ -115,8 +116,8 @@ def plot_curves(curves: dict[str, Sequence[dict[str, float]]], path: str) -> Non
     """Draw accuracy against the share of the full cost.
 
     Args:
-        curves: Rows of :func:`anytime_curve` and :func:`budgeted_curve`, by the name in the legend.
-        path: Where the picture goes; its ending decides the format.
+        curves: Rows of :func:`anytime_curve` and :func:`budgeted_curve`, by their names in the legend.
+        path: File to write; its ending decides the format.
     """
     from matplotlib.figure import Figure
 

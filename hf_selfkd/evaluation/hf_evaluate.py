@@ -7,17 +7,17 @@ import evaluate
 import numpy as np
 import torch
 
-from .classification import reduce_to_answers, summarise_answers
+from .classification import compute_class_metrics, reduce_class_logits
 
 _DESCRIPTION = "Cross-entropy, accuracy and expected calibration error of every exit and of their ensemble."
 
 _INPUTS = """
 Args:
-    predictions: Logits of all exits, shallow to deep, (images, exits, classes).
+    predictions: Logits of all exits, first to last, (images, exits, classes).
     references: Class indices, (images,); -100 where there is no label.
 
 Returns:
-    loss, accuracy and calibration_error of the deepest exit, the same of every exit (accuracy_exit_0, ...), and
+    loss, accuracy and calibration_error of the final exit, the same of every exit (accuracy_exit_0, ...), and
     accuracy_ensemble and calibration_error_ensemble of the mean of all logits.
 """
 
@@ -25,9 +25,9 @@ Returns:
 class MultiExitAccuracy(evaluate.Metric):
     """Cross-entropy, accuracy and expected calibration error of every exit and of their ensemble.
 
-    The numbers are those that the trainer reports. Nothing is downloaded: use the class itself, alone or in
-    ``evaluate.combine``, and never ``evaluate.load``. Logits ``(images, exits, classes)`` are reduced as they come, so
-    that neither memory nor the cache file grows with the number of classes.
+    The values equal those that the trainer reports. Use the class itself, alone or in ``evaluate.combine``;
+    ``evaluate.load`` would look for a metric of this name on the Hub. Logits ``(images, exits, classes)`` are reduced
+    when they are added, so that neither memory nor the cache file grows with the number of classes.
 
     Example:
         >>> metric = MultiExitAccuracy(keep_in_memory=True)
@@ -53,7 +53,7 @@ class MultiExitAccuracy(evaluate.Metric):
         """Add logits ``(images, exits, classes)`` and labels ``(images,)``.
 
         Raises:
-            ValueError: If the shapes are others.
+            ValueError: If logits or labels have other shapes.
         """
         logits, labels = torch.as_tensor(predictions), torch.as_tensor(references)
         if logits.ndim != 3 or labels.shape != logits.shape[:1]:
@@ -61,15 +61,14 @@ class MultiExitAccuracy(evaluate.Metric):
                 "MultiExitAccuracy needs logits shaped (images, exits, classes) and as many class indices, but got "
                 f"{tuple(logits.shape)} and {tuple(labels.shape)}. Stack the exits' logits along dimension 1."
             )
-        answers = reduce_to_answers(logits.unbind(dim=1), labels)
-        super().add_batch(predictions=answers.cpu().numpy(), references=labels.cpu().numpy(), **kwargs)
+        predictions, _ = reduce_class_logits(logits.unbind(dim=1), labels)
+        super().add_batch(predictions=predictions.cpu().numpy(), references=labels.cpu().numpy(), **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs) -> None:
         """Add logits ``(exits, classes)`` and the label of one image."""
-        # evaluate.combine passes them under the names of a batch.
+        # evaluate.combine uses the argument names of add_batch.
         prediction, reference = kwargs.get("predictions", prediction), kwargs.get("references", reference)
         self.add_batch(predictions=torch.as_tensor(prediction)[None], references=torch.as_tensor(reference)[None])
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        labelled = np.asarray(references) != -100
-        return summarise_answers(np.asarray(predictions)[labelled])
+        return compute_class_metrics(predictions, np.asarray(references) != -100)

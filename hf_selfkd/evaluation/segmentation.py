@@ -1,4 +1,4 @@
-"""Mean IoU and pixel accuracy of every exit, from counts that add up over images, batches and processes."""
+"""Cross-entropy, mean IoU and pixel accuracy of every exit, from counts that add up over images and processes."""
 
 from collections.abc import Sequence
 
@@ -9,27 +9,41 @@ from torch import Tensor
 from ..models.loss import cross_entropy, resize_logits
 
 
+def reduce_pixel_logits(exit_logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce logits to what the metrics need per image, so that no label or feature map is kept.
+
+    Args:
+        exit_logits: As for :func:`reduce_to_pixel_counts`.
+        labels: Likewise.
+
+    Returns:
+        The results of :func:`reduce_to_pixel_counts` and :func:`reduce_to_pixel_losses`.
+    """
+    labels = torch.as_tensor(labels)
+    return reduce_to_pixel_counts(exit_logits, labels), reduce_to_pixel_losses(exit_logits, labels)
+
+
 def reduce_to_pixel_counts(exit_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Count per image what the metrics need of the confusion matrix: its diagonal and both its margins.
+    """Count per image the diagonal of the confusion matrix and both its margins.
 
     Args:
         exit_logits: Of every exit ``(batch, classes, height, width)``, interpolated to the size of the labels.
         labels: Class indices ``(batch, height, width)``, -100 where there is no label.
 
     Returns:
-        ``(batch, exits + 1, 3, classes)``, per exit and of the ensemble: labelled pixels of each class that are
-        answered rightly, that are answered so, and that are labelled so.
+        ``(batch, exits + 1, 3, classes)``, per exit and of the ensemble: for each class the labelled pixels that are
+        correctly predicted as it, that are predicted as it, and that have its label.
     """
     exit_logits = [torch.as_tensor(logits).float() for logits in exit_logits]
     labels = labels.to(exit_logits[0].device)
     classes = exit_logits[0].shape[1]
-    known = labels != -100
-    labelled = _count(labels, known, classes)
+    is_labelled = labels != -100
+    labelled = _count(labels, is_labelled, classes)
     counts = []
     for logits in [*exit_logits, torch.stack(exit_logits).mean(dim=0)]:
-        answers = resize_logits(logits, labels.shape[-2:]).argmax(dim=1)
-        right = _count(answers, known & (answers == labels), classes)
-        counts.append(torch.stack([right, _count(answers, known, classes), labelled], dim=1))
+        predictions = resize_logits(logits, labels.shape[-2:]).argmax(dim=1)
+        correct = _count(predictions, is_labelled & (predictions == labels), classes)
+        counts.append(torch.stack([correct, _count(predictions, is_labelled, classes), labelled], dim=1))
     return torch.stack(counts, dim=1)
 
 
@@ -53,29 +67,45 @@ def reduce_to_pixel_losses(exit_logits: Sequence[Tensor], labels: Tensor) -> Ten
 
 
 def _count(classes_of_pixels: Tensor, mask: Tensor, classes: int) -> Tensor:
-    # One bin more takes the pixels that do not count.
+    # An additional bin takes the ignored pixels.
     bins = torch.where(mask, classes_of_pixels, classes).flatten(1)
     counts = torch.zeros(len(bins), classes + 1, dtype=torch.long, device=bins.device)
     return counts.scatter_add_(1, bins, torch.ones_like(bins))[:, :classes]
 
 
 def compute_pixel_metrics(counts: np.ndarray) -> dict[str, float]:
-    """Add the counts of all images up, then divide once.
+    """Compute IoU and accuracy from counts that are added up over all images first.
 
     Args:
-        counts: What :func:`reduce_to_pixel_counts` returned, for all images.
+        counts: ``(images, exits + 1, 3, classes)``, as :func:`reduce_to_pixel_counts` returns them.
 
     Returns:
-        ``mean_iou`` and ``pixel_accuracy`` of the deepest exit, of every exit and of the ensemble. The mean is over
-        classes that occur in labels or answers; both are 0 where nothing is labelled.
+        ``mean_iou`` and ``pixel_accuracy`` of the final exit, of every exit and of the ensemble. The mean is over
+        classes that occur in labels or predictions; both are 0 where no pixel is labelled.
     """
-    right, answered, labelled = counts.astype(np.int64).sum(axis=0).swapaxes(0, 1)
-    union = answered + labelled - right
-    iou = right / np.maximum(union, 1)
+    correct, predicted, labelled = np.asarray(counts).astype(np.int64).sum(axis=0).swapaxes(0, 1)
+    union = predicted + labelled - correct
+    iou = correct / np.maximum(union, 1)
     mean_iou = iou.sum(axis=1) / np.maximum((union > 0).sum(axis=1), 1)
-    accuracy = right.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)
+    accuracy = correct.sum(axis=1) / np.maximum(labelled.sum(axis=1), 1)
     names = [*(f"exit_{index}" for index in range(len(mean_iou) - 1)), "ensemble"]
     metrics = {"mean_iou": float(mean_iou[-2]), "pixel_accuracy": float(accuracy[-2])}
     for name, exit_iou, exit_accuracy in zip(names, mean_iou.tolist(), accuracy.tolist(), strict=True):
         metrics |= {f"mean_iou_{name}": exit_iou, f"pixel_accuracy_{name}": exit_accuracy}
     return metrics
+
+
+def compute_segmentation_metrics(counts: np.ndarray, losses: np.ndarray) -> dict[str, float]:
+    """Compute the metrics of every exit and of the ensemble.
+
+    Args:
+        counts: As for :func:`compute_pixel_metrics`.
+        losses: ``(images, exits)``, as :func:`reduce_to_pixel_losses` returns them.
+
+    Returns:
+        The metrics of :func:`compute_pixel_metrics`, and ``loss`` of the final exit and of every exit
+        (``loss_exit_0``), means over images.
+    """
+    means = np.asarray(losses).astype(np.float64).mean(axis=0).tolist()
+    exits = {f"loss_exit_{index}": mean for index, mean in enumerate(means)}
+    return compute_pixel_metrics(counts) | {"loss": means[-1]} | exits

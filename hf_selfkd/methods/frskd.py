@@ -147,13 +147,12 @@ class FRSKD(Method):
                 "or set model.scaffold = method.scaffold(model)."
             )
         logits, teacher_logits = output.exit_logits[-1], output.scaffold["logits"]
-        is_dense = logits.dim() == 4
         alpha, beta, temperature, ramp_start, ramp_end = (
             default if getattr(self, name) is None else getattr(self, name)
-            for name, default in (_SEGMENTATION if is_dense else _CLASSIFICATION).items()
+            for name, default in (_SEGMENTATION if output.is_dense else _CLASSIFICATION).items()
         )
         mask = None
-        if is_dense:
+        if output.is_dense:
             logits = resize_logits(logits.float(), labels.shape[-2:])
             teacher_logits = resize_logits(teacher_logits.float(), labels.shape[-2:])
             mask = labels != -100 if self.mask_void else None

@@ -1,6 +1,5 @@
-"""Exit policies: when an answer is sure enough to be the last."""
+"""Exit policies: when a prediction is confident enough to exit early."""
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,27 +8,116 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CRITERIA = ("confidence", "entropy", "margin", "patience")
+from .did_you_mean import did_you_mean
+
+
+def _confidence(probabilities: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the largest probability (Guo et al. 2017; MSDNet, Huang et al. 2018, section 4)."""
+    return probabilities.amax(dim=-1), None
+
+
+def _entropy(probabilities: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return one minus the entropy over log(classes) (BranchyNet, Teerapittayanon et al. 2016)."""
+    entropy = torch.special.entr(probabilities).sum(dim=-1) / math.log(max(2, probabilities.shape[-1]))
+    return (1 - entropy).clamp(0, 1), None
+
+
+def _margin(probabilities: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the largest probability minus the second largest."""
+    largest = probabilities.topk(min(2, probabilities.shape[-1]), dim=-1).values
+    return largest[:, 0] - largest[:, 1:].sum(dim=-1), None
+
+
+def _patience(probabilities: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return how many exits before this one in a row predicted the same class (PABEE, Zhou et al. 2020).
+
+    The history holds predictions and streaks, ``(2, batch)``.
+    """
+    predictions = probabilities.argmax(dim=-1)
+    streak = torch.zeros_like(predictions)
+    if history is not None:
+        streak = torch.where(predictions == history[0], history[1] + 1, streak)
+    return streak.float(), torch.stack([predictions, streak])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """A score by which images exit early; it grows with certainty and is at least 0.
+
+    Args:
+        name: What ``ExitPolicy.criterion`` and a saved policy call it.
+        description: A noun phrase for the model card.
+        score: ``(probabilities, history) -> (scores, history)``: the softmax of an exit ``(batch, classes)`` and the
+            history of the previous exit, ``None`` at the first; scores ``(batch,)`` in float32 and the history for the
+            next exit, images along its last dimension, ``None`` if the criterion needs none.
+        max_score: The largest possible score at an exit.
+        uses_temperature: Whether the score depends on the temperature that the logits are divided by.
+        uses_history: Whether the score at an exit depends on the predictions of earlier exits.
+    """
+
+    name: str
+    description: str
+    score: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    max_score: Callable[[int], float] = lambda exit: 1.0
+    uses_temperature: bool = True
+    uses_history: bool = False
+
+    def never(self, num_exits: int) -> float:
+        """Return a threshold that no score reaches at any of ``num_exits`` exits."""
+        return max(map(self.max_score, range(num_exits))) + 1
+
+
+# All there are, by name: policies, calibration and model card read everything about a criterion from its record.
+CRITERIA = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion(name="confidence", description="the largest softmax probability", score=_confidence),
+        Criterion(
+            name="entropy",
+            description="one minus the entropy of the softmax, as a share of the largest possible entropy",
+            score=_entropy,
+        ),
+        Criterion(
+            name="margin",
+            description="the difference between the two largest softmax probabilities",
+            score=_margin,
+        ),
+        Criterion(
+            name="patience",
+            description="the number of consecutive earlier exits with the same prediction",
+            score=_patience,
+            max_score=float,
+            uses_temperature=False,
+            uses_history=True,
+        ),
+    )
+}
+
+
+def get_criterion(name: str) -> Criterion:
+    """Look up a criterion by name.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if not isinstance(name, str) or name not in CRITERIA:
+        hint = did_you_mean(str(name), CRITERIA)
+        raise ValueError(f"Unknown criterion {name!r}.{hint} Available: {', '.join(CRITERIA)}.")
+    return CRITERIA[name]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExitPolicy:
-    """When an image may leave: at the first exit whose score reaches its threshold, at the deepest otherwise.
+    """When to exit early: an image exits where its score reaches the threshold first, else at the final exit.
 
-    Scores grow with certainty. With ``p`` the softmax of an exit's logits over its temperature:
-
-    - ``confidence``: the largest ``p`` (Guo et al. 2017; MSDNet, Huang et al. 2018, section 4).
-    - ``entropy``: one minus the entropy of ``p`` over log(classes) (BranchyNet, Teerapittayanon et al. 2016).
-    - ``margin``: the largest ``p`` minus the second largest.
-    - ``patience``: how many exits before this one in a row gave the same answer (PABEE, Zhou et al. 2020); 0 at the
-      first.
-
-    All but patience lie in [0, 1]: a threshold above 1 never lets an image leave, 0 always does.
+    A score grows with certainty and lies in [0, 1]; only ``patience`` counts exits, from 0 at the first. A threshold
+    of 0 is reached by every image, one above the largest possible score by none.
 
     Args:
-        criterion: One of the four scores.
-        thresholds: One per auxiliary exit, shallow to deep, at least 0.
-        temperatures: One per exit, the deepest included, above 0, in logit units; ``None`` for 1 everywhere.
+        criterion: Name of the score, a key of :data:`CRITERIA`.
+        thresholds: One per auxiliary exit, first to last, at least 0.
+        temperatures: One per exit, the final one included, above 0, in logit units; ``None`` for 1 everywhere. The
+            softmax is that of the logits over the temperature.
         calibration: How :func:`calibrate` found the policy, for the model card; ``None`` if it did not.
 
     Raises:
@@ -42,13 +130,10 @@ class ExitPolicy:
     calibration: dict[str, Any] | None = None
 
     def __post_init__(self):
-        if self.criterion not in CRITERIA:
-            near = difflib.get_close_matches(str(self.criterion), CRITERIA, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"Unknown criterion {self.criterion!r}.{hint} Available: {', '.join(CRITERIA)}.")
-        thresholds = _numbers("thresholds", self.thresholds, "at least 0", lambda value: value >= 0)
+        get_criterion(self.criterion)
+        thresholds = _check_numbers("thresholds", self.thresholds, "at least 0", lambda value: value >= 0)
         temperatures = [1.0] * (len(thresholds) + 1) if self.temperatures is None else self.temperatures
-        temperatures = _numbers("temperatures", temperatures, "above 0", lambda value: value > 0)
+        temperatures = _check_numbers("temperatures", temperatures, "above 0", lambda value: value > 0)
         if len(temperatures) != len(thresholds) + 1:
             raise ValueError(
                 "A policy has one threshold per auxiliary exit and one temperature per exit, so one more, but got "
@@ -61,11 +146,11 @@ class ExitPolicy:
 
     @property
     def num_exits(self) -> int:
-        """Number of exits, the deepest included."""
+        """Number of exits, the final one included."""
         return len(self.temperatures)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: ``ExitPolicy.from_dict(policy.to_dict()) == policy``."""
+        """Return a dictionary for JSON: ``ExitPolicy.from_dict(policy.to_dict()) == policy``."""
         fields = {
             "criterion": self.criterion,
             "thresholds": list(self.thresholds),
@@ -75,7 +160,7 @@ class ExitPolicy:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ExitPolicy":
-        """Build a policy from what :meth:`to_dict` returned, such as ``config.exit_policy``.
+        """Build a policy from the dictionary of :meth:`to_dict`, such as ``config.exit_policy``.
 
         Raises:
             ValueError: If a key is missing or unknown, or a value is out of range.
@@ -88,57 +173,48 @@ class ExitPolicy:
             )
         if unknown := sorted(fields.keys() - needed - {"calibration"}):
             raise ValueError(
-                f"An exit policy holds criterion, thresholds, temperatures and calibration, not {', '.join(unknown)}."
+                f"An exit policy has criterion, thresholds, temperatures and calibration, not {', '.join(unknown)}."
             )
         return cls(**fields)
 
     def check_num_exits(self, num_exits: int) -> None:
-        """Raise ValueError unless the policy is one for ``num_exits`` exits."""
+        """Raise ValueError unless the policy is for ``num_exits`` exits."""
         if self.num_exits != num_exits:
             raise ValueError(
                 f"The policy is for {self.num_exits} exits, but there are {num_exits}. Calibrate it on logits of "
                 "this model."
             )
 
+    def is_reachable(self, exit: int) -> bool:
+        """Whether some score reaches the threshold of an exit; always so of the final exit, which has none."""
+        return exit >= len(self.thresholds) or self.thresholds[exit] <= CRITERIA[self.criterion].max_score(exit)
+
     def listens(self, exit: int) -> bool:
-        """Whether an exit's answer can matter: where no image can leave early, its head need not be computed."""
-        if self.criterion == "patience":
-            return any(self.thresholds[later] <= later for later in range(exit, len(self.thresholds)))
-        return self.thresholds[exit] <= 1
+        """Whether the head of an auxiliary exit must be computed: whether its prediction can decide where to exit."""
+        last = len(self.thresholds) if CRITERIA[self.criterion].uses_history else exit + 1
+        return any(map(self.is_reachable, range(exit, last)))
 
     def score(self, exit: int, logits: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Score the answers of one exit, in float32, finite for any logits but NaN.
+        """Score the predictions of one exit, in float32, finite for any logits but NaN.
 
         Args:
-            exit: From 0, shallow to deep.
+            exit: From 0, first to last.
             logits: ``(batch, classes)``.
-            history: What this returned for the same images at the exit before, ``None`` at the first.
+            history: The history returned for the same images at the previous exit, ``None`` at the first.
 
         Returns:
-            The scores ``(batch,)``, the confidences ``(batch,)``, and what to pass in at the next exit.
+            The scores ``(batch,)``, the confidences ``(batch,)``, and the history to pass in at the next exit.
         """
         limit = torch.finfo(torch.float32).max  # half precision overflows to infinity, whose softmax is NaN
         probabilities = (logits.float() / self.temperatures[exit]).clamp(-limit, limit).softmax(dim=-1)
-        confidence = probabilities.amax(dim=-1)
-        if self.criterion == "patience":
-            answers = probabilities.argmax(dim=-1)
-            streak = torch.zeros_like(answers)
-            if history is not None:
-                streak = torch.where(answers == history[0], history[1] + 1, streak)
-            return streak.float(), confidence, torch.stack([answers, streak])
-        if self.criterion == "entropy":
-            entropy = torch.special.entr(probabilities).sum(dim=-1) / math.log(max(2, logits.shape[-1]))
-            return (1 - entropy).clamp(0, 1), confidence, None
-        if self.criterion == "margin":
-            largest = probabilities.topk(min(2, logits.shape[-1]), dim=-1).values
-            return largest[:, 0] - largest[:, 1:].sum(dim=-1), confidence, None
-        return confidence, confidence, None
+        scores, history = CRITERIA[self.criterion].score(probabilities, history)
+        return scores, probabilities.amax(dim=-1), history
 
     def decide(self, exit_logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Choose an exit for each image, given the logits of all.
+        """Choose an exit for each image, given the logits of all exits.
 
         Args:
-            exit_logits: ``(exits, batch, classes)``, or a sequence of ``(batch, classes)``, shallow to deep.
+            exit_logits: ``(exits, batch, classes)``, or a sequence of ``(batch, classes)``, first to last.
 
         Returns:
             The exits ``(batch,)`` and the logits there, ``(batch, classes)``.
@@ -153,18 +229,18 @@ class ExitPolicy:
             (tensor([0, 1]), tensor([0, 1]))
         """
         self.check_num_exits(len(exit_logits))
-        *early, answers = (torch.as_tensor(logits) for logits in exit_logits)
-        exit_index = torch.full_like(answers[:, 0], len(early), dtype=torch.long)
+        *early, chosen = (torch.as_tensor(logits) for logits in exit_logits)
+        exit_index = torch.full_like(chosen[:, 0], len(early), dtype=torch.long)
         history = None
         for exit, logits in enumerate(early):
             scores, _, history = self.score(exit, logits, history)
-            leaves = (scores >= self.thresholds[exit]) & (exit_index == len(early))
-            exit_index = exit_index.masked_fill(leaves, exit)
-            answers = torch.where(leaves.unsqueeze(-1), logits, answers)
-        return exit_index, answers
+            exits = (scores >= self.thresholds[exit]) & (exit_index == len(early))
+            exit_index = exit_index.masked_fill(exits, exit)
+            chosen = torch.where(exits.unsqueeze(-1), logits, chosen)
+        return exit_index, chosen
 
 
-def _numbers(name: str, values: Any, wanted: str, is_valid: Callable[[float], bool]) -> tuple[float, ...]:
+def _check_numbers(name: str, values: Any, wanted: str, is_valid: Callable[[float], bool]) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or not all(
         isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and is_valid(value)
         for value in values
@@ -174,10 +250,10 @@ def _numbers(name: str, values: Any, wanted: str, is_valid: Callable[[float], bo
 
 
 def resolve_policy(policy: ExitPolicy | None, configured: dict[str, Any] | None, num_exits: int) -> ExitPolicy:
-    """Return the policy given, or else the configured one, for a model with ``num_exits`` exits.
+    """Return the given policy, or else the configured one, for a model with ``num_exits`` exits.
 
     Raises:
-        ValueError: If there is none or it is for another number of exits.
+        ValueError: If there is none, or it is for another number of exits.
     """
     if policy is None:
         if configured is None:

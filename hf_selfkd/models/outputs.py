@@ -34,6 +34,11 @@ class MultiExitOutput(ModelOutput):
     scaffold: dict | None = None
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the logits are per pixel, ``(batch, classes, height, width)``."""
+        return self.exit_logits[-1].dim() == 4
+
+    @property
     def ensemble_logits(self) -> Tensor:
         """Mean of all exits' logits, ``(batch, classes)``: the ensemble of BYOT (section 4) and EED (equation 1)."""
         return torch.stack(self.exit_logits).mean(dim=0)

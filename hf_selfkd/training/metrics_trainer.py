@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
-from ..evaluation.classification import compute_exit_metrics, reduce_to_exit_metrics
+from ..tasks import task_of
 
 
 class MetricsTrainer(Trainer):
@@ -25,16 +25,22 @@ class MetricsTrainer(Trainer):
         self._reduces_answers = compute_metrics is None and "preprocess_logits_for_metrics" not in kwargs
         if compute_metrics is None and args.batch_eval_metrics:
             raise ValueError("batch_eval_metrics needs your own compute_metrics. Leave it out: ours needs no logits.")
-        super().__init__(args=args, compute_metrics=compute_metrics or compute_exit_metrics, **kwargs)
+        super().__init__(args=args, compute_metrics=compute_metrics or self._compute_exit_metrics, **kwargs)
 
     def prediction_step(self, *args, **kwargs) -> tuple[Tensor | None, Any, Tensor | None]:
         """Reduce answers to what the metrics need before they, and maps of labels, are gathered and kept."""
         loss, logits, labels = super().prediction_step(*args, **kwargs)
         if self._reduces_answers and logits is not None and labels is not None:
-            logits = reduce_to_exit_metrics(logits, labels)
-            if labels.dim() == 3:
-                labels = labels[:, :1, :1]  # says that they were maps, which nobody reads any more
+            logits = task_of(self.model).reduce_logits(logits[1], labels)
+            # Trainer computes metrics only where there are labels; these are in the reduced logits already.
+            labels = labels.reshape(len(labels), -1)[:, 0]
         return loss, logits, labels
+
+    def _compute_exit_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        task, reduced = task_of(self.model), prediction.predictions
+        if not self._reduces_answers:  # predict keeps all logits
+            reduced = task.reduce_logits(reduced[1], prediction.label_ids)
+        return task.compute_metrics(*reduced)
 
     def predict(self, *args, **kwargs) -> PredictionOutput:
         """Predict; ``predictions`` holds the logits, and a tuple with those of every exit.

@@ -53,7 +53,7 @@ def test_costs_need_neither_the_weights_nor_the_configured_policy(build):
     costs = exit_costs(model, image_size=32)
     assert costs == sorted(set(costs)) and len(costs) == 4 and all(isinstance(cost, int) for cost in costs)
     assert exit_costs(model, image_size=(32, 64))[0] > costs[0]
-    assert exit_costs(model) == costs  # the size the model is meant for
+    assert exit_costs(model) == costs  # the size of config.pretrained_cfg
 
 
 def test_latencies_grow_with_depth(build):
@@ -105,7 +105,7 @@ def test_curves(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
-def test_parameters_met_by_an_image_that_leaves(build, backbone):
+def test_parameters_are_cumulative_up_to_each_exit(build, backbone):
     model = build(backbone)
 
     def count(*modules):
@@ -113,12 +113,12 @@ def test_parameters_met_by_an_image_that_leaves(build, backbone):
 
     net, head = model.backbone, model.exits[0]
     if backbone == "test_resnet":
-        shallow = count(net.conv1, net.bn1, net.layer1, head)
+        first = count(net.conv1, net.bn1, net.layer1, head)
     else:
-        shallow = count(net.patch_embed, *net.blocks[:2], head) + net.pos_embed.numel() + net.cls_token.numel()
-        shallow += net.reg_token.numel() if net.reg_token is not None else 0
+        first = count(net.patch_embed, *net.blocks[:2], head) + net.pos_embed.numel() + net.cls_token.numel()
+        first += net.reg_token.numel() if net.reg_token is not None else 0
     found = exit_parameters(model)
-    assert found[0] == shallow
+    assert found[0] == first
     assert found == sorted(found)
     assert found[-1] == model.num_parameters()
 

@@ -4,23 +4,25 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction
 
 from hf_selfkd import MultiExitAccuracy
-from hf_selfkd.evaluation.classification import compute_exit_metrics
+from hf_selfkd.evaluation.classification import compute_class_metrics, reduce_class_logits
 
 
 @pytest.fixture
 def predictions():
-    """Return logits of three exits for twenty images, as the Trainer passes them, and labels, one of them missing."""
+    """Return logits of three exits for twenty images, and labels, one of them missing."""
     labels = torch.arange(20) % 4
     labels[3] = -100
-    exit_logits = tuple((torch.randn(20, 4) + torch.eye(4)[torch.arange(20) % 4] * k).numpy() for k in (0.5, 1, 2))
-    return EvalPrediction(predictions=(exit_logits[-1], exit_logits), label_ids=labels.numpy())
+    exit_logits = [torch.randn(20, 4) + torch.eye(4)[torch.arange(20) % 4] * k for k in (0.5, 1, 2)]
+    return torch.stack(exit_logits, dim=1).numpy(), labels.numpy()
 
 
-def stacked(predictions):
-    return np.stack(predictions.predictions[1], axis=1), predictions.label_ids
+@pytest.fixture
+def expected(predictions):
+    """Return the metrics of the trainer."""
+    logits, labels = map(torch.tensor, predictions)
+    return compute_class_metrics(*reduce_class_logits(logits.unbind(dim=1), labels))
 
 
 @pytest.fixture
@@ -28,16 +30,14 @@ def metric(tmp_path):
     return MultiExitAccuracy(cache_dir=str(tmp_path))
 
 
-def test_the_numbers_are_the_trainers(metric, predictions):
-    logits, labels = stacked(predictions)
-    expected = compute_exit_metrics(predictions)
+def test_values_equal_those_of_the_trainer(metric, predictions, expected):
+    logits, labels = predictions
     assert metric.compute(predictions=logits, references=labels) == pytest.approx(expected)
     assert 0 < expected["accuracy_exit_0"] < expected["accuracy_exit_2"]
 
 
-def test_batches_and_single_images_add_up(metric, predictions, tmp_path):
-    logits, labels = stacked(predictions)
-    expected = compute_exit_metrics(predictions)
+def test_batches_and_single_images_add_up(metric, predictions, expected, tmp_path):
+    logits, labels = predictions
     for start in range(0, 20, 8):
         metric.add_batch(predictions=logits[start : start + 8].tolist(), references=labels[start : start + 8].tolist())
     assert metric.compute() == pytest.approx(expected)
@@ -60,9 +60,8 @@ class Confidence(evaluate.Metric):
         return {"largest": float(np.max(predictions)), "accuracy": 0.0}
 
 
-def test_combined_with_another_metric(predictions, tmp_path):
-    logits, labels = stacked(predictions)
-    expected = compute_exit_metrics(predictions)
+def test_combined_with_another_metric(predictions, expected, tmp_path):
+    logits, labels = predictions
     metrics = [metric(cache_dir=str(tmp_path)) for metric in (MultiExitAccuracy, Confidence)]
     combined = evaluate.combine(metrics)
     for add in (combined.add_batch, None):
@@ -77,8 +76,8 @@ def test_combined_with_another_metric(predictions, tmp_path):
         assert found["accuracy_exit_0"] == pytest.approx(expected["accuracy_exit_0"])
 
 
-def test_processes_share_the_work(predictions, tmp_path):
-    logits, labels = stacked(predictions)
+def test_processes_share_the_work(predictions, expected, tmp_path):
+    logits, labels = predictions
 
     def work(process):
         metric = MultiExitAccuracy(num_process=2, process_id=process, experiment_id="run", cache_dir=str(tmp_path))
@@ -87,11 +86,11 @@ def test_processes_share_the_work(predictions, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         found, nothing = pool.map(work, range(2))
     assert nothing is None
-    assert found == pytest.approx(compute_exit_metrics(predictions))
+    assert found == pytest.approx(expected)
 
 
 def test_shapes_that_do_not_fit(metric, predictions):
-    logits, labels = stacked(predictions)
+    logits, labels = predictions
     with pytest.raises(
         ValueError, match=r"needs logits shaped \(images, exits, classes\) .* but got \(20, 4\) and \(20,"
     ):

@@ -3,13 +3,18 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
-from hf_selfkd.evaluation.segmentation import compute_pixel_metrics, reduce_to_pixel_counts
-from hf_selfkd.functional import resize_logits
+from hf_selfkd.evaluation.segmentation import (
+    compute_pixel_metrics,
+    compute_segmentation_metrics,
+    reduce_pixel_logits,
+    reduce_to_pixel_counts,
+)
+from hf_selfkd.functional import cross_entropy, resize_logits
 
 
 @pytest.fixture
-def answers():
-    """Logits of two exits and label maps with void; class 3 is never labelled and class 4 never answered."""
+def evaluated():
+    """Return logits of two exits and label maps with ignored pixels; no pixel has label 3 or prediction 4."""
     exit_logits = [torch.randn(5, 6, 4, 6), torch.randn(5, 6, 4, 6)]
     for logits in exit_logits:
         logits[:, 4] = -100.0
@@ -19,8 +24,8 @@ def answers():
     return exit_logits, labels
 
 
-def test_metrics_equal_those_of_scikit_learn(answers):
-    exit_logits, labels = answers
+def test_metrics_equal_those_of_scikit_learn(evaluated):
+    exit_logits, labels = evaluated
     metrics = compute_pixel_metrics(reduce_to_pixel_counts(exit_logits, labels).numpy())
     known = labels != -100
     for name, logits in {"exit_0": exit_logits[0], "exit_1": exit_logits[1], "ensemble": sum(exit_logits) / 2}.items():
@@ -35,8 +40,8 @@ def test_metrics_equal_those_of_scikit_learn(answers):
     assert metrics["pixel_accuracy"] == metrics["pixel_accuracy_exit_1"]
 
 
-def test_counts_are_the_diagonal_and_the_margins_of_the_confusion_matrix(answers):
-    exit_logits, labels = answers
+def test_counts_are_the_diagonal_and_the_margins_of_the_confusion_matrix(evaluated):
+    exit_logits, labels = evaluated
     counts = reduce_to_pixel_counts(exit_logits, labels)
     assert counts.shape == (5, 3, 3, 6)
     predicted = resize_logits(exit_logits[0], (8, 12)).argmax(dim=1)
@@ -47,16 +52,24 @@ def test_counts_are_the_diagonal_and_the_margins_of_the_confusion_matrix(answers
         assert counts[image, 0].tolist() == [np.diag(matrix).tolist(), matrix.sum(0).tolist(), matrix.sum(1).tolist()]
 
 
-def test_counts_of_batches_add_up(answers):
-    exit_logits, labels = answers
-    whole = reduce_to_pixel_counts(exit_logits, labels)
+def test_counts_of_batches_add_up(evaluated):
+    exit_logits, labels = evaluated
+    together = reduce_to_pixel_counts(exit_logits, labels)
     parts = [
         reduce_to_pixel_counts([logits[part] for logits in exit_logits], labels[part])
         for part in (slice(2), slice(2, 5))
     ]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), together)
 
 
-def test_nothing_labelled_gives_zero():
-    counts = reduce_to_pixel_counts([torch.randn(2, 3, 4, 4)], torch.full((2, 4, 4), -100))
-    assert set(compute_pixel_metrics(counts.numpy()).values()) == {0.0}
+def test_losses_are_means_over_the_pixels_of_an_image_then_over_images(evaluated):
+    exit_logits, labels = evaluated
+    metrics = compute_segmentation_metrics(*reduce_pixel_logits(exit_logits, labels))
+    assert metrics["loss_exit_0"] == pytest.approx(cross_entropy(exit_logits[0], labels).item(), rel=1e-5)
+    assert metrics["loss"] == metrics["loss_exit_1"] != metrics["loss_exit_0"]
+    assert {"mean_iou", "pixel_accuracy_ensemble"} <= metrics.keys()
+
+
+def test_metrics_are_zero_where_no_pixel_is_labelled():
+    reduced = reduce_pixel_logits([torch.randn(2, 3, 4, 4)], torch.full((2, 4, 4), -100))
+    assert set(compute_segmentation_metrics(*reduced).values()) == {0.0}

@@ -63,7 +63,7 @@ def test_evaluation_gathers_counts_and_no_maps(train_segmenter, maps):
     exits = trainer.model.num_exits
     counts, losses = seen[0].predictions
     assert (counts.shape, losses.shape) == ((7, exits + 1, 3, 3), (7, exits))
-    assert seen[0].label_ids.shape == (7, 1, 1)
+    assert seen[0].label_ids.shape == (7,)
     trainer.predict(maps)
     assert seen[1].label_ids.shape == (7, 32, 32)
 
