@@ -49,7 +49,7 @@ def template_values(
         "task": task,
         "example": task.example.format(repository=facts.repository),
         "input_size": "x".join(str(side) for side in config.pretrained_cfg["input_size"]),
-        "backbone_kwargs": json.dumps(config.backbone_kwargs),
+        "backbone_kwargs": json.dumps(config.backbone_kwargs, sort_keys=True),
         "stages": model.exit_stages,
         "exits": exits,
         "is_evaluated": task.metric_titles[task.metric] in exits[0],
