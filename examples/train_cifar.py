@@ -27,7 +27,7 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, s
 
 from hf_selfkd import MultiExitForImageClassification, SelfDistillationTrainer, exit_costs, get_method
 from hf_selfkd.evaluation.curves import to_table
-from hf_selfkd.model_card.card import exit_rows
+from hf_selfkd.model_card import exit_rows
 from hf_selfkd.training.checkpoints import find_last_checkpoint
 
 PRESETS = {

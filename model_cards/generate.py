@@ -1,9 +1,11 @@
-"""Train the reference checkpoints with the examples, as a user would, and keep the model cards that they get.
+"""Train the reference checkpoints with the examples, as a user would, and keep their model cards.
 
     python model_cards/generate.py                     # digits, a minute on one core
     python model_cards/generate.py --cifar10 cifar10   # CIFAR-10 too, from the Hub or a local folder; some minutes
+    python model_cards/generate.py --render            # no training: the present template, filled from stored facts
 
-Every folder here is what the Hub would show of a checkpoint: `README.md` and its pictures.
+Each folder has what a checkpoint has on the Hub, without weights and code: the card, its pictures, the facts that it
+was rendered from, and the configuration.
 """
 
 import argparse
@@ -19,6 +21,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from accuracy import NETWORK, recipe  # noqa: E402
 
+from hf_selfkd import MultiExitConfig, MultiExitForImageClassification  # noqa: E402
+from hf_selfkd.model_card import write_model_card  # noqa: E402
+from hf_selfkd.model_card.storage import load_facts  # noqa: E402
+
+FILES = ["README.md", "card_facts.json", "config.json"]
 DIGITS = ["--dataset", "digits", "--preset", "smoke"]
 
 
@@ -28,38 +35,49 @@ def cifar10(dataset: str) -> list[str]:
     return [*recipe(arguments), "--method", "byot", "--backbone_kwargs", json.dumps(NETWORK)]
 
 
-def train(checkpoint: Path, dataset: str, training: list[str], demand: list[str]) -> None:
-    """Train, then calibrate when images leave early."""
+def train(checkpoint: Path, dataset: str, training: list[str], constraint: list[str]) -> None:
+    """Train, then calibrate the exit policy."""
     run("train_cifar.py", *training, "--output_dir", str(checkpoint))
-    run("early_exit.py", "--checkpoint", str(checkpoint), "--dataset", dataset, *demand)
+    run("early_exit.py", "--checkpoint", str(checkpoint), "--dataset", dataset, *constraint)
 
 
 def keep_card(checkpoint: Path) -> None:
-    """Copy card and pictures of a checkpoint into the folder of its name."""
+    """Copy the card of a checkpoint, and everything it was rendered from, into the folder of its name."""
     target = ROOT / "model_cards" / checkpoint.name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for path in [checkpoint / "README.md", *checkpoint.glob("*.png")]:
+    for path in [*(checkpoint / name for name in FILES), *checkpoint.glob("*.png")]:
         shutil.copy(path, target)
 
 
 def run(example: str, *options: str) -> None:
-    """Run an example from the root of the repository, whose commit the card then names."""
+    """Run an example from the root of the repository, so that the card gives its commit."""
     subprocess.run([sys.executable, str(ROOT / "examples" / example), *options], cwd=ROOT, check=True)
+
+
+def render() -> None:
+    """Render all cards again from their stored facts."""
+    for path in (ROOT / "model_cards").glob("*/card_facts.json"):
+        model = MultiExitForImageClassification(MultiExitConfig.from_pretrained(path.parent))
+        write_model_card(model, path.parent, load_facts(path.parent))
 
 
 def main() -> None:
     """Generate the cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", help="cifar10 for the Hub, or a local folder of it; without it digits only")
-    dataset = parser.parse_args().cifar10
+    parser.add_argument("--render", action="store_true", help="render the cards again, without training")
+    options = parser.parse_args()
+    if options.render:
+        return render()
+    dataset = options.cifar10
     with tempfile.TemporaryDirectory() as work:
         checkpoints = [Path(work) / "digits"]
         train(checkpoints[0], "digits", DIGITS, ["--max_accuracy_drop", "0.01"])
         if dataset is not None:
             checkpoints.append(Path(work) / "cifar10-small")
             train(checkpoints[1], dataset, cifar10(dataset), ["--max_risk", "0.02"])
-        for checkpoint in checkpoints:  # after all were trained: each card says whether files differ from the commit
+        for checkpoint in checkpoints:  # not before all are trained: a card reports uncommitted changes
             keep_card(checkpoint)
 
 

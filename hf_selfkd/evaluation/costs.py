@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,12 +19,12 @@ from ..models.hooks import Visitor, run
 class _Meter(Visitor):
     """Visitor that lets nobody leave, and reads a meter when an exit has answered and its answers are scored."""
 
-    def __init__(self, model: PreTrainedModel, image_size: tuple[int, int], read: Callable[[], float]):
+    def __init__(self, model: PreTrainedModel, image_size: tuple[int, int], read: Callable[[], Any]):
         self.policy = ExitPolicy(thresholds=[2.0] * (model.num_exits - 1))
         self.exits = {stage: exit for exit, stage in enumerate(model.exit_stages)}
         self.answer = partial(model._exit_logits, image_size)
         self.read = read
-        self.readings: list[float] = []
+        self.readings: list[Any] = []
 
     def on_stage(self, stage: int, output: Any) -> None:
         if stage in self.exits:
@@ -34,7 +34,7 @@ class _Meter(Visitor):
 
 
 @torch.no_grad()
-def _read_at_exits(model: PreTrainedModel, images: Tensor, read: Callable[[], float]) -> list[float]:
+def _read_at_exits(model: PreTrainedModel, images: Tensor, read: Callable[[], Any]) -> list[Any]:
     """Run images through all exits and read a meter at each of them."""
     meter = _Meter(model, tuple(images.shape[-2:]), read)
     logits = run(model.backbone, model.anatomy, images, meter)
@@ -50,7 +50,7 @@ def _image_shape(model: PreTrainedModel, image_size: int | tuple[int, int] | Non
 
 
 def exit_costs(model: PreTrainedModel, image_size: int | tuple[int, int] | None = None) -> list[int]:
-    """Count the multiply-adds that an image has cost when it leaves at each exit, the heads on its way included.
+    """Count the multiply-adds of one image up to each exit, including the heads of earlier exits.
 
     Counted by torch's own FLOP counter on the meta device, where it sees every operator, fused attention too.
 
@@ -59,29 +59,40 @@ def exit_costs(model: PreTrainedModel, image_size: int | tuple[int, int] | None 
         image_size: Side of the image, or height and width, in pixels; ``None`` for the one the model is meant for.
 
     Returns:
-        One number per exit, shallow to deep.
+        One number per exit, first to final.
     """
-    twin, images = _meta_twin(model, image_size)
-    with FlopCounterMode(display=False) as counter:
-        operations = _read_at_exits(twin, images, counter.get_total_flops)
-    return [round(count / 2) for count in operations]  # torch counts a multiply-add as two operations
+    return exit_counts(model, image_size)[0]
 
 
 def exit_parameters(model: PreTrainedModel) -> list[int]:
-    """Count the parameters that an image has met when it leaves at each exit, the heads on its way included.
+    """Count the parameters used up to each exit, including the heads of earlier exits.
 
     Args:
         model: A multi-exit model for classification.
 
     Returns:
-        One number per exit, shallow to deep; the last is that of all parameters that ship.
+        One number per exit, first to final; the last counts all inference weights.
     """
-    twin, images = _meta_twin(model, None)
+    return exit_counts(model)[1]
+
+
+def exit_counts(
+    model: PreTrainedModel, image_size: int | tuple[int, int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Return :func:`exit_costs` and :func:`exit_parameters`, both counted in one pass on the meta device."""
+    twin, images = _meta_twin(model, image_size)
     met: dict[nn.Parameter, None] = {}
     for module in twin.modules():
         module.register_forward_pre_hook(lambda module, _: met.update(dict.fromkeys(module.parameters(recurse=False))))
-    *early, _ = _read_at_exits(twin, images, lambda: sum(parameter.numel() for parameter in met))
-    return [*early, sum(parameter.numel() for parameter in twin.parameters())]
+    with FlopCounterMode(display=False) as counter:
+        readings = _read_at_exits(twin, images, lambda: (counter.get_total_flops(), _count(met)))
+    operations, parameters = zip(*readings, strict=True)
+    # torch counts a multiply-add as two operations.
+    return [round(count / 2) for count in operations], [*parameters[:-1], _count(twin.parameters())]
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _meta_twin(model: PreTrainedModel, image_size: int | tuple[int, int] | None) -> tuple[PreTrainedModel, Tensor]:

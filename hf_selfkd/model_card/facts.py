@@ -1,50 +1,32 @@
-"""What a model card tells of a run: data, method, recipe, versions, machine. What is not known is left out."""
+"""Facts of a run for its model card: data, method, recipe, measurements. Unknown facts are left out."""
 
+import inspect
+import math
 import os
-import platform
-import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-import torch
-import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
-from .._version import __version__
+from ..evaluation.costs import exit_latencies
 from ..methods import Method
 from ..methods.combination import Combination
+from .environment import current_commit, device_name, versions
+from .recipe import training_recipe
+from .tasks import task_of
 
-# Arguments of the optimizer, which say nothing where the user gave one.
-_OPTIMIZER = ("learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-# Milestones replace these.
-_SCHEDULER = ("lr_scheduler_type", "lr_scheduler_kwargs")
-_OTHERS = (
-    "warmup_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "bf16",
-    "fp16",
-    "seed",
-)
-# Those that are told whether or not they are transformers' defaults.
-_ALWAYS = ("learning_rate", "optim", "per_device_train_batch_size", "seed")
+# Runs that the latencies of a card are the median of.
+LATENCY_RUNS = 10
 
 
 class Evaluation(NamedTuple):
-    """What a trainer remembers of its last evaluation: the step, the number of images, and the metrics."""
+    """The last evaluation of a trainer: the step, the number of images, and the metrics."""
 
     step: int
     num_images: int
@@ -53,24 +35,31 @@ class Evaluation(NamedTuple):
 
 @dataclass(kw_only=True)
 class CardFacts:
-    """What is known of a model beside what the model itself tells.
+    """Facts for a model card that the model itself does not hold. All values can be written as JSON.
 
     Args:
-        name: What the model is called.
-        repository: What loads it: a repository on the Hub, or the name of its folder.
-        dataset: What people call the data, such as ``cifar10``.
-        dataset_tags: Repositories of data sets on the Hub that it was trained on.
-        num_train_images: Images it was trained on.
-        num_eval_images: Images it was evaluated on.
-        metrics: What ``evaluate`` of the trainer returned.
-        method: What it was trained with.
-        recipe: Settings of the training.
+        name: Title of the card.
+        repository: Where users load the model from: a repository on the Hub, or the name of its folder.
+        dataset: Display name of the dataset, such as ``cifar10``.
+        dataset_tags: Datasets on the Hub that the model was trained on.
+        num_train_images: Number of training images.
+        num_eval_images: Number of evaluation images.
+        metrics: Return value of the trainer's ``evaluate``; values that are not finite are dropped.
+        methods: Methods that the model was trained with, each with ``name``, ``summary`` and ``paper``, see
+            :func:`method_facts`.
+        hyper_parameters: Hyper-parameters of the methods that differ from their defaults.
+        recipe: Training settings; empty for a model that was not trained.
         base_model: Repository on the Hub that the weights came from.
         language: As in the Hub's metadata.
         license: As in the Hub's metadata.
-        tags: Tags beside those that the model and the method bring.
-        is_sharded: Whether the model's weights are spread over processes, so that it cannot be timed.
-        has_old_policy: Whether the exit policy is from before the training, so that what was found then is void.
+        tags: Tags in addition to those of the model and the methods.
+        latency: ``milliseconds`` to each exit at batch size 1, with ``runs``, ``dtype`` and ``device``; ``None`` if it
+            was not measured, see :func:`measure_latency`.
+        versions: Versions of the software that the model was trained with.
+        commit: Git commit that the model was trained at, with the suffix ``-dirty`` for uncommitted changes.
+        has_old_policy: Whether the exit policy was calibrated for earlier weights.
+        trial: Accuracy and cost of the exit policy on held-out images, see
+            :func:`~hf_selfkd.model_card.update_model_card`.
     """
 
     name: str
@@ -80,14 +69,21 @@ class CardFacts:
     num_train_images: int | None = None
     num_eval_images: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    method: Method | None = None
+    methods: Sequence[dict[str, str]] = ()
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     language: str | list[str] | None = None
     license: str | None = None
     tags: Sequence[str] = ()
-    is_sharded: bool = False
+    latency: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    commit: str | None = None
     has_old_policy: bool = False
+    trial: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        self.metrics = {name: value for name, value in self.metrics.items() if is_known(value)}
 
 
 def collect_facts(
@@ -102,41 +98,68 @@ def collect_facts(
     license: str | None = None,
     tags: str | Sequence[str] = (),
     recipe: dict[str, Any] | None = None,
+    latency: bool = False,
+    commit: bool = False,
 ) -> CardFacts:
-    """Collect what a trainer knows of its run.
+    """Collect the facts of a trainer's run.
 
     Args:
         trainer: A :class:`~hf_selfkd.SelfDistillationTrainer`.
-        folder: Where the card goes.
-        model_name: ``None`` for the name of the repository or the folder.
+        folder: Folder of the card.
+        model_name: Title of the card; ``None`` for the name of the repository or the folder.
         dataset: As in :class:`CardFacts`.
         dataset_tags: As in :class:`CardFacts`.
-        finetuned_from: Repository that the weights came from; ``None`` for what the model knows.
+        finetuned_from: Repository that the weights came from; ``None`` for the one that the model names.
         language: As in the Hub's metadata.
         license: As in the Hub's metadata.
-        tags: Further tags.
-        recipe: What else belongs to the recipe, such as the augmentation, which the trainer does not see.
+        tags: Additional tags.
+        recipe: Settings that the trainer does not know, such as the augmentation.
+        latency: Measure the milliseconds to each exit, by a few forward passes with one image; not possible for
+            segmentation and for weights that are sharded over processes.
+        commit: Record the git commit of the working directory.
     """
     repository = trainer.hub_model_id or trainer.args.hub_model_id or Path(folder).resolve().name
-    tells_training = trainer.state.global_step > 0
-    evaluation = trainer.evaluation
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return CardFacts(
         name=model_name or repository.split("/")[-1],
         repository=repository,
         dataset=dataset,
-        dataset_tags=[dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags),
-        num_train_images=_length(trainer.train_dataset) if tells_training else None,
-        num_eval_images=evaluation.num_images if evaluation else None,
-        metrics=evaluation.metrics if evaluation else {},
-        method=trainer.method if tells_training else None,
-        recipe=training_recipe(trainer) | (recipe or {}) if tells_training else {},
+        dataset_tags=_listed(dataset_tags),
         base_model=finetuned_from or source_of_weights(trainer.model),
         language=language,
         license=license,
-        tags=[tags] if isinstance(tags, str) else list(tags),
-        is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
-        has_old_policy=tells_training and trainer.model.config.exit_policy == trainer.policy_before_training,
+        tags=[*trainer.model.model_tags, *_listed(tags)],
+        latency=measure_latency(trainer.model) if latency and not is_sharded else None,
+        commit=current_commit() if commit else None,
+        **_evaluation_facts(trainer.evaluation),
+        **_training_facts(trainer, recipe or {}),
     )
+
+
+def _evaluation_facts(evaluation: Evaluation | None) -> dict[str, Any]:
+    if evaluation is None:
+        return {}
+    return {"num_eval_images": evaluation.num_images, "metrics": evaluation.metrics}
+
+
+def _training_facts(trainer: Trainer, recipe: dict[str, Any]) -> dict[str, Any]:
+    if trainer.state.global_step == 0:
+        return {}
+    return {
+        "num_train_images": _length(trainer.train_dataset),
+        "recipe": training_recipe(trainer) | recipe,
+        "has_old_policy": trainer.model.config.exit_policy == trainer.policy_before_training,
+        **method_facts(trainer.method),
+    }
+
+
+def is_known(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _length(dataset: Any) -> int | None:
@@ -144,7 +167,7 @@ def _length(dataset: Any) -> int | None:
 
 
 def source_of_weights(model: nn.Module) -> str | None:
-    """Return the repository on the Hub that a model started from, ``None`` if there is none."""
+    """Return the repository on the Hub that a model's weights came from, ``None`` if there is none."""
     name = model.config.name_or_path or ""
     if "/" not in name or os.path.isdir(name):
         return None
@@ -155,37 +178,8 @@ def source_of_weights(model: nn.Module) -> str | None:
     return name
 
 
-def training_recipe(trainer: Trainer) -> dict[str, Any]:
-    """Return the settings that make a training: the important ones, and the others where they are no defaults."""
-    args, state = trainer.args, trainer.state
-    defaults = {argument.name: argument.default for argument in fields(TrainingArguments)}
-    scheduler = () if trainer.lr_milestones else _SCHEDULER
-    recipe = {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
-    if state.global_step < state.max_steps:
-        recipe["steps trained"] = f"{state.global_step} of {state.max_steps}"
-    if args.load_best_model_at_end and state.best_global_step:
-        recipe["best step"] = f"{state.best_global_step} of {state.max_steps}"
-    if trainer.has_own_optimizer:
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
-        recipe["optimizer"] = type(optimizer).__name__
-    for name in _OTHERS if trainer.has_own_optimizer else (*_OPTIMIZER, *scheduler, *_OTHERS):
-        value = getattr(args, name)
-        if name in _ALWAYS or value != defaults[name]:
-            recipe[name] = value.value if isinstance(value, Enum) else value
-    if trainer.lr_milestones:
-        recipe |= {"lr_milestones": list(trainer.lr_milestones), "lr_gamma": trainer.lr_gamma}
-    own = {
-        "decay_norms": trainer.decay_norms,
-        "ema_decay": None if trainer.average is None else trainer.average.decay,
-        "mix": None if trainer.mix is None else getattr(trainer.mix, "__name__", type(trainer.mix).__name__),
-        "frozen backbone": trainer.model._backbone_frozen,
-        "processes": args.world_size if args.world_size > 1 else None,
-    }
-    return recipe | {name: value for name, value in own.items() if value} | {"trained on": machine(args.device)}
-
-
 def changed_hyper_parameters(method: Method) -> dict[str, Any]:
-    """Return the hyper-parameters that differ from a method's defaults; of a combination under dotted names."""
+    """Return a method's hyper-parameters that differ from their defaults, for a combination under dotted names."""
     if isinstance(method, Combination):
         parts = ((part.name, changed_hyper_parameters(part)) for part in method.methods)
         return {f"{name}.{key}": value for name, part in parts for key, value in part.items()}
@@ -198,7 +192,7 @@ def changed_hyper_parameters(method: Method) -> dict[str, Any]:
 
 
 def name_of(value: str | nn.Module) -> str:
-    """Say where a network came from, without naming a place on this machine."""
+    """Return the name of a network, which for a local folder is the folder's name without its path."""
     if isinstance(value, str):
         return Path(value).resolve().name if os.path.isdir(value) else value
     config = getattr(value, "config", None)
@@ -209,37 +203,33 @@ def name_of(value: str | nn.Module) -> str:
     return f"{cfg['architecture']}{tag}" if cfg.get("architecture") else type(value).__name__
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what the numbers of a run depend on."""
+def method_facts(method: Method) -> dict[str, Any]:
+    """Return ``methods`` and ``hyper_parameters`` for :class:`CardFacts`."""
+    methods = method.methods if isinstance(method, Combination) else [method]
     return {
-        "hf_selfkd": __version__,
-        "transformers": transformers.__version__,
-        "timm": timm.__version__,
-        "torch": torch.__version__,
-        "Python": platform.python_version(),
+        "methods": [{"name": part.name, "summary": _summary(part), "paper": part.paper} for part in methods],
+        "hyper_parameters": changed_hyper_parameters(method),
     }
 
 
-def commit() -> str | None:
-    """Return the commit of the working directory, with ``-dirty`` behind it where files differ from it.
+def _summary(method: Method) -> str:
+    """Return the first line of a method's docstring; empty without one, as dataclasses then show their signature."""
+    summary = (inspect.getdoc(type(method)) or "").partition("\n")[0]
+    return "" if summary.startswith(f"{type(method).__name__}(") else summary
 
-    ``None`` where the working directory is in no git repository.
+
+def measure_latency(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Return the latency to each exit for :class:`CardFacts`, ``None`` for a model that is no classifier.
+
+    Runs one image of random pixels through the model, on the device that the model is on.
     """
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+    if not task_of(model).exits_early:
         return None
-    return process.stdout.strip() or None
-
-
-def machine(device: torch.device) -> str:
-    """Return the name of a device, and of a processor how many threads torch uses."""
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    threads = torch.get_num_threads()
-    name = names[0].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    was_training = model.training
+    model.eval()
+    try:
+        milliseconds = exit_latencies(model, repeats=LATENCY_RUNS)
+    finally:
+        model.train(was_training)
+    dtype, device = str(model.dtype).removeprefix("torch."), device_name(model.device)
+    return {"milliseconds": milliseconds, "runs": LATENCY_RUNS, "dtype": dtype, "device": device}

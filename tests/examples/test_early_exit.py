@@ -25,9 +25,8 @@ def test_a_checkpoint_learns_when_to_stop(hub, build, images, tmp_path):
     assert (folder / "early_exit.png").stat().st_size > 1000
     assert "| exit | cost | share | accuracy | calibration error |" in process.stdout
     card = (folder / "README.md").read_text()
-    assert "Calibrated on 60 images for the best accuracy within 0.7 of the full cost." in card
-    assert f"On 60 other images: accuracy {100 * result['accuracy']:.2f} % at {result['cost']:.3f} of" in card
-    assert "![Accuracy against mean cost](early_exit.png)" in card
+    assert f"{100 * result['accuracy']:.2f}% at {result['cost']:.3f} of the full cost" in card
+    assert "0.7 of the full cost" in card and "(early_exit.png)" in card
     loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
     assert ExitPolicy.from_dict(loaded.config.exit_policy).num_exits == 4
     assert isinstance(loaded(images[0]["pixel_values"][None]), EarlyExitOutput)

@@ -65,8 +65,8 @@ def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
         "exit",
         "accuracy (%)",
         "calibration error (%)",
-        "million multiply-adds",
-        "million parameters",
+        "multiply-adds (M)",
+        "parameters (M)",
     ]
     model = AutoModelForImageClassification.from_pretrained(folder)
     for exit, (row, cost) in enumerate(zip(rows, hf_selfkd.exit_costs(model), strict=True)):
@@ -75,7 +75,7 @@ def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
         assert float(row[3]) == pytest.approx(cost / 1e6, abs=0.01)
     assert float(rows[-1][4]) == pytest.approx(model.num_parameters() / 1e6, abs=0.001)
     card = ModelCard.load(folder / "README.md")
-    assert "Evaluated on 360 images of scikit-learn digits." in card.text and "| crop_padding | 4 |" in card.text
+    assert "360 images of scikit-learn digits" in card.text and "| crop_padding | 4 |" in card.text
     found = [result.metric_value for result in card.data.eval_results]
     assert found[:-1] == pytest.approx([metrics[f"eval_accuracy_exit_{exit}"] for exit in range(4)], abs=5e-5)
     answer = pipeline("image-classification", model=str(folder))(noise())
