@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from ..evaluation.costs import exit_counts
 from ..evaluation.curves import plot_curves
+from ..tasks import task_of
 from .environment import device_name
 from .facts import CardFacts, source_of_weights
 from .storage import as_stored, load_facts, save_card
-from .tasks import task_of
 from .values import exit_scores, template_values
 
 PICTURE = "anytime_curve.png"

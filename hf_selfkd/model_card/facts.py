@@ -17,9 +17,9 @@ from transformers.trainer_utils import has_length
 from ..evaluation.costs import exit_latencies
 from ..methods import Method
 from ..methods.combination import Combination
+from ..tasks import task_of
 from .environment import current_commit, device_name, versions
 from .recipe import training_recipe
-from .tasks import task_of
 
 # Runs that the latencies of a card are the median of.
 LATENCY_RUNS = 10

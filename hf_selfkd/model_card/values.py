@@ -9,20 +9,14 @@ from transformers import PreTrainedModel
 
 from ..evaluation.costs import exit_parameters
 from ..evaluation.curves import to_table
-from ..models.exit_policy import ExitPolicy
+from ..models.exit_policy import CRITERIA, ExitPolicy
+from ..tasks import task_of
 from .facts import CardFacts, is_known
-from .tasks import task_of
 
 _BIBLIOGRAPHY = (Path(__file__).parent / "citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
 _TEMPERATURE_SCALING = "https://arxiv.org/abs/1706.04599"
 _LEARN_THEN_TEST = "https://arxiv.org/abs/2110.01052"
 
-_CRITERIA = {
-    "confidence": "the largest softmax probability",
-    "entropy": "one minus the normalised entropy of the softmax probabilities",
-    "margin": "the difference between the two largest softmax probabilities",
-    "patience": "the number of consecutive earlier exits with the same prediction",
-}
 # Fields of ExitPolicy.calibration that the card describes.
 _CALIBRATION = {"demand", "samples", "expected_accuracy", "expected_cost", "full_accuracy"}
 
@@ -130,27 +124,23 @@ def policy_values(fields: dict[str, Any]) -> dict[str, Any]:
     """Return criterion, thresholds and calibration of a policy, given as in ``config.exit_policy``."""
     policy = ExitPolicy.from_dict(fields)
     thresholds = [
-        (limit or "always") if _is_reachable(policy, exit) else "never" for exit, limit in enumerate(policy.thresholds)
+        (limit or "always") if policy.is_reachable(exit) else "never" for exit, limit in enumerate(policy.thresholds)
     ]
     record = policy.calibration or {}
     return {
         "criterion": policy.criterion,
-        "description": _CRITERIA[policy.criterion],
-        "is_scaled": policy.criterion != "patience",
+        "description": CRITERIA[policy.criterion].description,
+        "is_scaled": CRITERIA[policy.criterion].uses_temperature,
         "rows": [
             {"exit": exit, "threshold": threshold, "temperature": temperature}
             for exit, (threshold, temperature) in enumerate(
                 zip([*thresholds, "always"], policy.temperatures, strict=True)
             )
         ],
-        "exits_early": set(thresholds) != {"never"},
+        "exits_early": any(map(policy.is_reachable, range(policy.num_exits - 1))),
         "calibration": record if record.keys() >= _CALIBRATION else None,
         "has_labels": record.get("reference", "labels") == "labels",
     }
-
-
-def _is_reachable(policy: ExitPolicy, exit: int) -> bool:
-    return policy.thresholds[exit] <= (exit if policy.criterion == "patience" else 1)
 
 
 def written(value: Any) -> str:
