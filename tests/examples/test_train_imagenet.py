@@ -92,9 +92,7 @@ def test_the_recipe():
 
 def test_streams_without_what_they_need(standin, parquet):
     images = data.DataArguments(dataset=str(parquet), streaming=True, max_train_samples=4)
-    with pytest.raises(
-        ValueError, match="--max_train_samples does not apply to streams, which are not read before training"
-    ):
+    with pytest.raises(ValueError, match="--max_train_samples does not apply to streams, which are not read before"):
         data.load_images(images)
     images = data.DataArguments(dataset=str(standin), evaluation_split="dev")
     with pytest.raises(ValueError, match="has the splits train, validation, but none to evaluate on: one of dev"):

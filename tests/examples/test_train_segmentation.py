@@ -27,7 +27,7 @@ def run(*arguments):
 
 
 def rows(count: int, size: tuple[int, int] = (40, 72), map_mode: str = "L"):
-    """Images whose left half is dark and of class 0, the right one bright and of class 1; ignored pixels (9) on top."""
+    """Images whose left half is dark (class 0) and right half bright (class 1), with ignored pixels (9) on top."""
     generator = np.random.default_rng(0)
     for _ in range(count):
         label = np.zeros(size, dtype=np.uint8)
