@@ -14,7 +14,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "early_exit.py"
 
 def test_a_checkpoint_gets_an_exit_policy(hub, build, images, tmp_path):
     folder = tmp_path / "model"
-    build(num_labels=10).save_pretrained(folder)
+    model = build(num_labels=10)
+    model.config.pretrained_cfg |= {"input_size": [3, 32, 32]}
+    model.save_pretrained(folder)
     options = ["--dataset", "digits", "--max_eval_samples", "120", "--target_cost", "0.7"]
     options += ["--push_to_hub", "--hub_private_repo", "--hub_revision", "early"]
     command = [sys.executable, str(EXAMPLE), "--checkpoint", str(folder), *options]

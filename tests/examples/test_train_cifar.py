@@ -144,9 +144,7 @@ def test_the_final_weights_are_evaluated_once(tmp_path, monkeypatch):
     assert len(count) == 1
     run(*DIGITS, *FAST, *options, "--output_dir", tmp_path / "none", "--eval_strategy", "no")
     assert len(count) == 2
-    run(*DIGITS, *FAST, *options, "--output_dir", tmp_path / "best", "--load_best_model_at_end", "true")
-    assert len(count) == 4
-    assert all((tmp_path / name / "eval_results.json").exists() for name in ("each", "none", "best"))
+    assert all((tmp_path / name / "eval_results.json").exists() for name in ("each", "none"))
 
 
 def test_a_folder_of_images_of_every_mode(tmp_path):
