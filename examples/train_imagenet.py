@@ -4,27 +4,27 @@ r"""Train a multi-exit image classifier on ImageNet-1k by self-distillation.
         --streaming true --dataloader_num_workers 8 --bf16 true --output_dir runs/imagenet         # from the Hub
     accelerate launch examples/train_imagenet.py --dataset path/to/imagenet --output_dir runs/imagenet
 
-`--dataset` takes a folder with `train` and `val`, a folder of JPEGs per class in each, too. With `--streaming true`
-nothing is stored: processes and workers share the shards, every epoch in a new order, and a run that was stopped goes
-on in mid-epoch. Of a streamed folder the number of images is not known: give `--num_train_images` or `--max_steps`.
+A local `--dataset` is a folder with `train` and `val`, each with one folder of JPEGs per class. `--streaming true`
+stores nothing: processes and workers share the shards, in a new order every epoch, and an interrupted run resumes
+mid-epoch. The length of a streamed folder is unknown: give `--num_train_images` or `--max_steps`.
 
-The defaults are LSH's recipe for ImageNet, and the one common for ResNets: 100 epochs, SGD 0.9, weight decay 1e-4,
-learning rate 0.1 divided by 10 after 30, 60 and 90, batches of 256 on all processes together (so divide
-`--per_device_train_batch_size` by their number), random resized crops of 224 pixels. All options are those of
-`train_cifar.py`.
+The defaults are LSH's recipe for ImageNet, which is the usual one for ResNets: 100 epochs, SGD 0.9, weight decay 1e-4,
+learning rate 0.1 divided by 10 after 30, 60 and 90, a global batch of 256 (divide `--per_device_train_batch_size` by
+the number of processes), random resized crops of 224 pixels. The options are those of `train_cifar.py`.
 """
 
 from dataclasses import dataclass, field
 
+from common import Recipe
 from data import DataArguments
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from train_cifar import ModelArguments, Recipe
+from train_cifar import ModelArguments
 from train_cifar import main as train
 
 
 @dataclass
 class ImageNetModel(ModelArguments):
-    """The network, meant for large images."""
+    """Options of network and method, for large images."""
 
     small_input_stem: bool = field(default=False, metadata={"help": "3x3 stride-1 stem, for images of 32 pixels."})
     lr_milestones: list[float] = field(
@@ -34,7 +34,7 @@ class ImageNetModel(ModelArguments):
 
 @dataclass
 class ImageNetData(DataArguments):
-    """ImageNet-1k, varied as is common."""
+    """ImageNet-1k with the usual augmentation."""
 
     dataset: str = field(default="imagenet-1k", metadata={"help": "imagenet-1k from the Hub, or a folder."})
     evaluation_split: str | None = "validation"
@@ -47,15 +47,15 @@ class ImageNetData(DataArguments):
 
 @dataclass
 class ImageNetRecipe(Recipe):
-    """Transformers' arguments with the recipe as defaults."""
+    """TrainingArguments with the recipe for ImageNet as defaults."""
 
     num_train_epochs: float = 100
     weight_decay: float = 1e-4
     per_device_train_batch_size: int = 256
 
 
-def main():
-    train(ImageNetModel, ImageNetData, ImageNetRecipe)
+def main(argv: list[str] | None = None):
+    train(argv, (ImageNetModel, ImageNetData, ImageNetRecipe))
 
 
 if __name__ == "__main__":

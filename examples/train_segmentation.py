@@ -4,12 +4,11 @@
 
 The data set is a folder that `datasets.load_dataset` reads (such as parquet files) or a repository on the Hub, with a
 column of images and one of label maps (8-bit or palette images of class indices). The defaults are FRSKD's recipe: 60
-epochs, SGD 0.9, weight decay 5e-4, learning rate 0.01 divided by 10 after 40, batches of 32; its clipping of gradients
-by value is left out. Every option of transformers' `TrainingArguments` is there too. At the end `pictures/` in the
-output folder shows images of the evaluation split, their labels and the model's answers side by side.
+epochs, SGD 0.9, weight decay 5e-4, learning rate 0.01 divided by 10 after 40, batches of 32, but without its clipping
+of gradients by value. Every option of transformers' `TrainingArguments` works too. After training, `pictures/` in the
+output folder shows images of the evaluation split beside their labels and the predictions.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,62 +16,59 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from data import as_rgb, leave_out_bad_images
+from common import CARD_EXTRAS, TRAINER_OPTIONS, NetworkArguments, Recipe, find_checkpoint, parse_json, train_and_save
+from common import build_model as build
+from data import SplitArguments, as_rgb, choose_splits, leave_out_bad_images
 from datasets import Image, load_dataset
 from PIL import Image as PILImage
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from train_cifar import Recipe, find_checkpoint, parse_json
 from transformers import HfArgumentParser, set_seed
 
 from hf_selfkd import MultiExitForSemanticSegmentation, SelfDistillationTrainer, get_method
+from hf_selfkd.evaluation import to_table
+from hf_selfkd.model_card import exit_rows
 
 EVALUATION_SPLITS = ("validation", "valid", "val", "test")
 
 
 @dataclass
-class Options:
-    """Data, network and method."""
+class SegmentationModel(NetworkArguments):
+    """Options of network and method."""
 
-    dataset: str = field(metadata={"help": "A folder that load_dataset reads, or a repository on the Hub."})
-    image_column: str = field(default="image", metadata={"help": "Column of images."})
-    label_column: str = field(default="label", metadata={"help": "Column of label maps."})
-    class_names: str | None = field(
-        default=None,
-        metadata={"help": 'JSON list. Default: "0", "1", ... up to the largest in training.'},
-    )
-    ignore_index: int = field(default=255, metadata={"help": "Class of void pixels."})
-    evaluation_split: str | None = field(default=None, metadata={"help": "Default: validation, else test."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images only."})
-    skip_bad_images: int = field(
-        default=0,
-        metadata={"help": "Leave out up to so many training rows that cannot be read; all are read once before."},
-    )
-    image_size: list[int] = field(default_factory=lambda: [512, 512], metadata={"help": "Height and width in pixels."})
-    crop_size: list[int] | None = field(default=None, metadata={"help": "Of training crops. Default: image_size."})
-    scale_range: list[float] = field(
-        default_factory=lambda: [0.5, 2.0], metadata={"help": "Range of the random scale before the crop."}
-    )
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the images."})
-    blur: float = field(default=0.5, metadata={"help": "Probability of a slight Gaussian blur."})
     backbone: str = field(default="efficientnet_b0", metadata={"help": "Any hierarchical timm model."})
-    backbone_kwargs: str = field(default="{}", metadata={"help": "JSON, passed to timm.create_model."})
-    pretrained: bool = field(default=False, metadata={"help": "Start from timm's weights."})
     pyramid_width: int = field(default=64, metadata={"help": "Channels of the feature pyramid."})
-    exits: str | None = field(default=None, metadata={"help": "JSON list of stages. Default: chosen by the model."})
     method: str = field(default="frskd", metadata={"help": "frskd, deep_supervision or none."})
     method_args: str = field(default="{}", metadata={"help": "JSON, such as '{\"beta\": 50}'."})
     lr_milestones: list[float] = field(
         default_factory=lambda: [40], metadata={"help": "Epochs after which the learning rate is divided by 10."}
     )
-    channels_last: bool = field(default=True, metadata={"help": "Memory format; faster convolutions."})
-    num_pictures: int = field(default=4, metadata={"help": "Images to show at the end."})
+
+
+@dataclass
+class SegmentationData(SplitArguments):
+    """Data set and augmentation."""
+
+    image_column: str = field(default="image", metadata={"help": "Column of images."})
+    label_column: str = field(default="label", metadata={"help": "Column of label maps."})
+    evaluation_split: str | None = field(default=None, metadata={"help": "Default: validation, else test."})
+    class_names: str | None = field(
+        default=None,
+        metadata={"help": 'JSON list. Default: "0", "1", ... up to the largest in training.'},
+    )
+    ignore_index: int = field(default=255, metadata={"help": "Class index of ignored pixels."})
+    image_size: list[int] = field(default_factory=lambda: [512, 512], metadata={"help": "Height and width in pixels."})
+    crop_size: list[int] | None = field(default=None, metadata={"help": "Of training crops. Default: image_size."})
+    scale_range: list[float] = field(
+        default_factory=lambda: [0.5, 2.0], metadata={"help": "Range of the random scale before the crop."}
+    )
+    blur: float = field(default=0.5, metadata={"help": "Probability of a slight Gaussian blur."})
+    num_pictures: int = field(default=4, metadata={"help": "Images to show after training."})
 
 
 @dataclass
 class SegmentationRecipe(Recipe):
-    """Transformers' arguments with the recipe of FRSKD as defaults."""
+    """TrainingArguments with the recipe of FRSKD as defaults."""
 
     num_train_epochs: float = 60
     learning_rate: float = 0.01
@@ -119,36 +115,29 @@ def label_map(image: PILImage.Image) -> torch.Tensor:
     return torch.from_numpy(indices.astype(np.int64))
 
 
-def load_maps(options: Options, num_workers: int = 0):
+def load_maps(options: SegmentationData, num_workers: int = 0):
     """Load the splits for training and evaluation, and the names of the classes."""
-    splits = load_dataset(options.dataset)
-    wanted = [options.evaluation_split] if options.evaluation_split else EVALUATION_SPLITS
-    evaluation = next((name for name in wanted if name in splits), None)
-    if "train" not in splits or evaluation is None:
-        raise ValueError(
-            f"{options.dataset} has the splits {', '.join(splits)}, but train and one of {', '.join(wanted)} are "
-            "needed."
-        )
-    chosen = []
-    limits = (options.max_train_samples, options.max_eval_samples)
-    for split, limit in zip((splits["train"], splits[evaluation]), limits, strict=True):
-        for column in (options.image_column, options.label_column):
+    splits = choose_splits(load_dataset(options.dataset), options, EVALUATION_SPLITS)
+    names = {options.image_column: "image", options.label_column: "label"}
+    for name, split in splits.items():
+        for column in names:
             if not isinstance(split.features.get(column), Image):
-                raise ValueError(f"{column!r} is no column of images. Columns: {', '.join(split.features)}.")
-        split = split.select(range(min(limit or len(split), len(split))))
-        split = split.select_columns([options.image_column, options.label_column])
-        chosen.append(split.rename_columns({options.image_column: "image", options.label_column: "label"}))
+                raise ValueError(f"{column!r} is not a column of images. Columns: {', '.join(split.features)}.")
+        splits[name] = split.select_columns(list(names)).rename_columns(names)
     if options.skip_bad_images:
-        chosen[0] = leave_out_bad_images(chosen[0], read_row, options.skip_bad_images, num_workers)
-    names = parse_json("class_names", options.class_names, list)
-    if names is None:
-        classes = {index for row in chosen[0] for index in label_map(row["label"]).unique().tolist()}
-        names = [str(index) for index in range(max(classes - {options.ignore_index}) + 1)]
-    return *chosen, names
+        splits["train"] = leave_out_bad_images(splits["train"], read_row, options.skip_bad_images, num_workers)
+    class_names = parse_json("class_names", options.class_names, list)
+    return splits["train"], splits["test"], class_names or number_classes(splits["train"], options.ignore_index)
 
 
-def transforms(options: Options, data_config: dict[str, Any]) -> tuple[v2.Compose, v2.Compose]:
-    """Return what varies image and map together in training, and what evaluation uses."""
+def number_classes(rows, ignore_index: int) -> list[str]:
+    """Return ``"0"``, ``"1"``, ... up to the largest class index in the label maps."""
+    classes = {index for row in rows for index in label_map(row["label"]).unique().tolist()}
+    return [str(index) for index in range(max(classes - {ignore_index}) + 1)]
+
+
+def transforms(options: SegmentationData, data_config: dict[str, Any]) -> tuple[v2.Compose, v2.Compose]:
+    """Return the transform of training, which moves image and map together, and that of evaluation."""
     size, crop = options.image_size, options.crop_size or options.image_size
     resize = v2.Resize(size, v2.InterpolationMode(data_config["interpolation"]), antialias=True)
     normalise = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
@@ -164,7 +153,7 @@ def transforms(options: Options, data_config: dict[str, Any]) -> tuple[v2.Compos
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Return a colour per class and black for void behind them, ``(classes + 1, 3)``, as PASCAL VOC chose them."""
+    """Return PASCAL VOC's colour of each class, then black for ignored pixels, ``(classes + 1, 3)``."""
     colours = np.zeros((num_classes + 1, 3), dtype=np.uint8)
     for index in range(num_classes):
         bits = index + 1  # 0 is black
@@ -177,7 +166,7 @@ def palette(num_classes: int) -> np.ndarray:
 
 @torch.no_grad()
 def save_pictures(model, rows, folder: Path, ignore_index: int) -> None:
-    """Save images with their label map and the model's answer side by side, in the size of the original."""
+    """Save each image, its label map and the prediction side by side, in the size of the original."""
     folder.mkdir(parents=True, exist_ok=True)
     processor = model.create_image_processor()
     classes = model.config.num_labels
@@ -186,14 +175,15 @@ def save_pictures(model, rows, folder: Path, ignore_index: int) -> None:
         image, label = read_row(row)
         label = label.numpy()
         inputs = processor(image, return_tensors="pt").to(model.device)
-        answer = processor.post_process_semantic_segmentation(model(**inputs), [label.shape])[0].cpu().numpy()
-        void = label == ignore_index
-        panels = [np.array(image), colours[np.where(void, classes, label)], colours[np.where(void, classes, answer)]]
+        predicted = processor.post_process_semantic_segmentation(model(**inputs), [label.shape])[0].cpu().numpy()
+        ignored = label == ignore_index
+        maps = [colours[np.where(ignored, classes, indices)] for indices in (label, predicted)]
+        panels = [np.array(image), *maps]
         PILImage.fromarray(np.concatenate(panels, axis=1)).save(folder / f"{index}.png")
 
 
-def card_facts(options: Options) -> dict[str, Any]:
-    """Return what the model card tells of the data: what it is called, and how it was varied in training."""
+def describe_data(options: SegmentationData) -> dict[str, Any]:
+    """Return name and augmentation of the data, for the model card."""
     augmentation = ("crop_size", "scale_range", "horizontal_flip", "blur")
     recipe = {name: getattr(options, name) for name in augmentation if getattr(options, name)}
     if Path(options.dataset).is_dir():
@@ -201,31 +191,23 @@ def card_facts(options: Options) -> dict[str, Any]:
     return {"dataset": options.dataset, "dataset_tags": options.dataset, "recipe": recipe}
 
 
-def build_model(options: Options, class_names: list[str]) -> MultiExitForSemanticSegmentation:
-    model = MultiExitForSemanticSegmentation.from_backbone(
-        options.backbone,
-        pretrained=options.pretrained,
-        num_labels=len(class_names),
-        id2label=dict(enumerate(class_names)),
-        label2id={name: index for index, name in enumerate(class_names)},
-        backbone_kwargs=parse_json("backbone_kwargs", options.backbone_kwargs, dict),
-        pyramid_width=options.pyramid_width,
-        exits=parse_json("exits", options.exits, list),
-        semantic_loss_ignore_index=options.ignore_index,
-    )
-    model.config.pretrained_cfg |= {"input_size": [3, *options.image_size]}
-    return model.to(memory_format=torch.channels_last) if options.channels_last else model
+def build_model(options: SegmentationModel, data: SegmentationData, class_names: list[str]):
+    config = {"pyramid_width": options.pyramid_width, "semantic_loss_ignore_index": data.ignore_index}
+    model = build(MultiExitForSemanticSegmentation, options, class_names, **config)
+    model.config.pretrained_cfg |= {"input_size": [3, *data.image_size]}
+    return model
 
 
-def main():
-    options, args = HfArgumentParser((Options, SegmentationRecipe)).parse_args_into_dataclasses()
+def main(argv: list[str] | None = None):
+    parser = HfArgumentParser((SegmentationModel, SegmentationData, SegmentationRecipe))
+    options, data, args = parser.parse_args_into_dataclasses(argv)
     checkpoint = find_checkpoint(args)
     method = get_method(options.method, **parse_json("method_args", options.method_args, dict))
-    with args.main_process_first(desc="data"):  # the others find what it has fetched and read
-        train_rows, eval_rows, class_names = load_maps(options, args.dataloader_num_workers)
+    with args.main_process_first(desc="data"):  # the others use its download and caches
+        train_rows, eval_rows, class_names = load_maps(data, args.dataloader_num_workers)
     set_seed(args.seed)
-    model = build_model(options, class_names)
-    train_transform, eval_transform = transforms(options, timm.data.resolve_data_config(model.config.pretrained_cfg))
+    model = build_model(options, data, class_names)
+    train_transform, eval_transform = transforms(data, timm.data.resolve_data_config(model.config.pretrained_cfg))
     trainer = SelfDistillationTrainer(
         model,
         args,
@@ -234,17 +216,15 @@ def main():
         eval_dataset=LabelledMaps(eval_rows, eval_transform),
         lr_milestones=options.lr_milestones,
         decay_norms=True,
-        card=card_facts(options),
+        card=describe_data(data) | CARD_EXTRAS,
+        **TRAINER_OPTIONS,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_metrics("eval", metrics)
+    metrics = train_and_save(trainer, checkpoint, "mean_iou")
     if trainer.is_world_process_zero():
-        shown = eval_rows.select(range(0, len(eval_rows), max(1, len(eval_rows) // max(1, options.num_pictures))))
-        shown = shown.select(range(min(options.num_pictures, len(shown))))
-        save_pictures(model.eval(), shown, Path(args.output_dir) / "pictures", options.ignore_index)
-        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=2))
+        shown = eval_rows.select(range(0, len(eval_rows), max(1, len(eval_rows) // max(1, data.num_pictures))))
+        shown = shown.select(range(min(data.num_pictures, len(shown))))
+        save_pictures(model.eval(), shown, Path(args.output_dir) / "pictures", data.ignore_index)
+        print(f"\n{to_table(exit_rows(model, metrics))}\n\nSaved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
 

@@ -1,4 +1,4 @@
-"""A new method in one file: every exit learns from the next deeper one. Run it to train on scikit-learn's digits."""
+"""A new method in one file: every exit learns from the next one. Run it to train on scikit-learn's digits."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,18 +13,18 @@ from hf_selfkd.functional import add, cross_entropy, soften_kl
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder(Method):
-    """Every exit learns from the labels and from the next deeper exit; the deepest from the labels alone."""
+    """Every early exit learns from the labels and from the next exit; the final exit from the labels alone."""
 
-    name: ClassVar[str] = "ladder"  # what get_method, the logs and the model card call it
-    paper: ClassVar[str] = "https://example.org/ladder"  # where it is written down
+    name: ClassVar[str] = "ladder"  # in get_method, the command line and the model card
+    paper: ClassVar[str] = "https://example.org/ladder"  # cited by the model card
     temperature: float = 3.0  # a field is a hyper-parameter
 
     def __call__(self, output, labels, epoch):
-        """Return the terms of the loss: each is logged under its name, and the trainer adds them up."""
+        """Return the terms of the loss: the trainer logs each under its name and minimises their sum."""
         steps = zip(output.exit_logits[:-1], output.exit_logits[1:], strict=True)
         return {
             "label": cross_entropy(output.exit_logits, labels),
-            "step": add(soften_kl(shallow, deep, self.temperature) for shallow, deep in steps),
+            "step": add(soften_kl(early, late, self.temperature) for early, late in steps),
         }
 
 

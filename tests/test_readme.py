@@ -1,91 +1,199 @@
-"""The README's Python runs as it stands, in order, as one reader would run it."""
+"""README and docs: their Python runs and prints what its comments say, their figures are those measured."""
 
 import ast
+import contextlib
+import io
 import json
 import re
-import subprocess
-import sys
+import tokenize
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
+import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from hf_selfkd import list_methods
+from tests.helpers.hub_server import HubServer, connect
+from tests.helpers.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+NUMBER = r"-?\d+(?:\.\d*)?(?:e-?\d+)?"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-def test_snippets_run(hub, tmp_path):
-    Image.effect_noise((64, 64), 100).save(tmp_path / "photo.png")
-    printed = []
-    for index, snippet in enumerate(blocks("python")):
-        if "trust_remote_code" in snippet and "import hf_selfkd" not in snippet:  # as those run it who have it not
-            snippet = f"import sys; sys.modules['hf_selfkd'] = None\n{snippet}"
-        environment = hub.environment(tmp_path / f"home{index}")
-        command = [sys.executable, "-c", snippet]
-        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-        assert process.returncode == 0, process.stderr[-3000:]
-        assert process.stdout.strip()
-        printed.append(process.stdout)
-    assert "'eval_accuracy_exit_0'" in printed[0]
-    assert "'score'" in printed[1]
-    here, there = (ast.literal_eval(printed[index])[0] for index in (1, 4))  # from the Hub, without this library
-    assert there == {"label": here["label"], "score": pytest.approx(here["score"], abs=1e-5)}
-    assert hub.repositories["ada/digits"].private
+def section(page: Path, title: str) -> str:
+    """Return a section of a page without its code."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return re.search(rf"^#+ {re.escape(title)}$(.*?)(?=^#+ |\Z)", text, flags=re.DOTALL | re.MULTILINE)[1]
 
 
-def test_every_method_is_in_the_table():
-    assert set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)) == set(list_methods())
+def figures(text: str) -> list[str]:
+    """Return the numbers of a text; those of link targets, code and names such as ResNet-50 are left out."""
+    return re.findall(r"(?<!\w)\d+(?:[.,]\d+)*", re.sub(r"\]\(.*?\)|`.*?`|[A-Z]\w+-\d+", "", text))
 
 
-def test_the_train_snippet_is_short():
-    statements = [line for line in blocks("python")[0].splitlines() if line.strip()]
-    assert len(statements) <= 16
+# Snippets
 
 
-def test_the_coverage_is_what_was_measured():
+def comment_of(snippet: str, node: ast.stmt) -> str:
+    """Return the comment on the last line of a statement and those on the lines that follow."""
+    tokens = list(tokenize.generate_tokens(io.StringIO(snippet).readline))
+    comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
+    line = node.end_lineno
+    if line not in comments:  # the output is on the lines below
+        line += 1
+    found = []
+    while line in comments and (line == node.end_lineno or comments[line].line.startswith("#")):
+        found.append(comments[line].string.lstrip("# "))
+        line += 1
+    return " ".join(found)
+
+
+def run(page: Path, variables: dict) -> list[tuple[str, str]]:
+    """Run a page's snippets in order; return, for each print, the comment that shows its output, and the output."""
+    shown = []
+    for snippet in blocks(page):
+        for node in ast.parse(snippet).body:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(ast.Module([node], []), str(page), "exec"), variables)
+            if ast.unparse(node).startswith("print("):
+                shown.append((comment_of(snippet, node), printed.getvalue().strip()))
+    return shown
+
+
+def check(shown: list[tuple[str, str]]) -> None:
+    """Compare words and integers exactly, other numbers within 0.05: they differ a little between machines."""
+    for comment, printed in shown:
+        assert re.sub(NUMBER, "0", comment) == re.sub(NUMBER, "0", printed)
+        for expected, number in zip(re.findall(NUMBER, comment), re.findall(NUMBER, printed), strict=True):
+            assert float(number) == pytest.approx(float(expected), abs=0.05 if "." in expected else 0)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """Run the README in a folder of its own, beside a stand-in for the Hub; return its variables and its output."""
+    folder = tmp_path_factory.mktemp("reader")
+    digit = torch.tensor(load_digits().images[-1])
+    Image.fromarray((digit * 255 / 16).round().byte().numpy()).save(folder / "digit.png")
+    with HubServer() as server, pytest.MonkeyPatch.context() as patch:
+        connect(patch, server, folder / "cache")
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        variables = {"__name__": "readme"}
+        yield variables, run(README, variables)
+
+
+def test_the_readme_prints_what_it_shows(reader):
+    _, shown = reader
+    assert len(shown) >= 6
+    check(shown)
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page)], ids=lambda page: page.stem)
+def test_a_page_prints_what_it_shows(reader, page):
+    variables, _ = reader
+    check(run(page, dict(variables)))
+
+
+# Figures
+
+
+def test_the_readme_is_short_and_lists_every_method():
+    assert len(README.read_text().splitlines()) <= 200
+    listed = re.findall(r"^\| `(\w+)` \|", section(README, "Methods"), flags=re.MULTILINE)
+    assert sorted(listed) == METHODS
+
+
+def accuracies(configuration: str, exit: str) -> list[str]:
+    """Return mean and standard error in percent, as the tables give them."""
+    runs = [json.loads(path.read_text()) for path in (RESULTS / "accuracy").glob(f"{configuration}-seed*.json")]
+    assert {(run["train_images"], run["epochs"]) for run in runs} == {(10000, 8)} and len(runs) == 3
+    values = [100 * run["accuracy"][exit] for run in runs]
+    return [f"{mean(values):.2f}", f"{stdev(values) / len(values) ** 0.5:.2f}"]
+
+
+def speed_ups() -> list[str]:
+    rows = json.loads((RESULTS / "early_exit.json").read_text())["batch"]["rows"]
+    ratios = {row["against"]: row["speed-up (wall)"] for row in rows if row["threads"] == 1}
+    return [f"{ratios[name]:.2f}" for name in ("plain timm", "earlyon, batched call")]
+
+
+def test_the_results_of_the_readme_are_what_was_measured():
+    accuracy, early_exit, training = section(README, "Results").strip().splitlines()[2:]
+    measured = [accuracies(name, "exit_3") for name in ("none", "eed", "deep_supervision")]
+    assert figures(accuracy) == ["10,000", "8", "3", *sum(measured, [])]
+    assert figures(early_exit) == ["9", "16", *speed_ups()]
+    steps = json.loads((RESULTS / "training.json").read_text())["steps"]["rows"]
+    ratios = [row["over its parts (cpu)"] for row in steps]
+    assert figures(training) == [f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
+
+
+def test_the_coverage_of_the_readme_is_what_was_measured():
     measured = json.loads((RESULTS / "coverage.json").read_text())
     attached = [record for record in measured["meta"] if "reason" not in record]
     real = [record for record in measured["real"] if "skipped" not in record]
-    assert f"Of the {len(measured['meta']):,} names of timm 1.0.31, {len(attached):,} get exits" in README
-    text = " ".join(README.split())
-    assert f"the smallest model of each of {len(real)} classes" in text
-    for check in ("logits", "maps", "trains", "round_trip"):
-        assert sum(record[check] is True for record in real) == 99, check
-    assert f"Single images leave a running batch on {sum(record['shrinks'] is True for record in real)};" in text
+    exact = [sum(record["logits"] is True and record["maps"] is True for record in real)]
+    exact += [sum(record[check] is True for record in real) for check in ("trains", "round_trip")]
+    shrinks = sum(record["shrinks"] is True for record in real)
+    numbers = [len(real), *exact, shrinks, len(real) - shrinks]
+    names = [f"{len(attached):,}", f"{len(measured['meta']):,}", "1.0.31"]
+    assert figures(section(README, "Any timm backbone")) == names + [str(number) for number in numbers]
 
 
-def test_tables_are_what_was_measured():
-    for table in ("accuracy/table.md", "segmentation/table.md"):
-        for line in (RESULTS / table).read_text().splitlines():
-            assert line in README, table
-    _, found, summary = (RESULTS / "training.md").read_text().partition("## Summary\n\n")
-    assert found
-    for line in summary.partition("\n\n")[0].splitlines():
-        assert line in README
+@pytest.mark.parametrize("table", ["accuracy/table.md", "segmentation/table.md", "training.md"])
+def test_the_tables_of_the_benchmarks_are_what_was_measured(table):
+    first_table = next(part for part in (RESULTS / table).read_text().split("\n\n") if part.startswith("|"))
+    lines = first_table.splitlines()
+    assert len(lines) > 3
+    assert set(lines) <= set(BENCHMARKS.read_text().splitlines())
+
+
+def test_the_figures_beside_the_tables_are_what_was_measured():
     measured = json.loads((RESULTS / "training.json").read_text())
     formats = [f"{row['channels_last, bfloat16 (cpu)']:.2f}" for row in measured["formats"]["rows"]]
     loaders = [
-        [f"{row[f'over {loader} (wall)']:.2f}" for row in measured["pipeline"]["rows"]]
+        f"{row[f'over {loader} (wall)']:.2f}"
+        for row in measured["pipeline"]["rows"]
         for loader in ("timm's", "timm's prefetcher")
     ]
-    text = " ".join(README.split())
-    assert f"takes {' / '.join(formats)} of the time of float32" in text
-    assert f"Two workers need {loaders[0][0]} times as long as timm's loader" in text
-    assert (
-        f"{loaders[0][1]} times for CIFAR-10, and {' and '.join(loaders[1])} times as long as its prefetcher" in text
+    text = next(
+        part for part in BENCHMARKS.read_text().split("\n\n") if part.startswith("bfloat16 with channels_last")
     )
-    rows = json.loads((RESULTS / "early_exit.json").read_text())["batch"]["rows"]
-    speed_up = {row["against"]: row["speed-up (wall)"] for row in rows if row["threads"] == 1}
-    assert (
-        f"{speed_up['plain timm']:.2f} times as fast as plain timm and "
-        f"{speed_up['earlyon, batched call']:.2f} times as fast as `earlyon`'s batched call"
-    ) in text
+    assert figures(text) == [*formats, "224", *loaders]
     teacher = json.loads((RESULTS / "accuracy" / "teacher-seed0.json").read_text())["accuracy"]["ensemble"]
-    assert f"a deeper network ({100 * teacher:.2f} % by itself)" in text
+    assert f"{100 * teacher:.2f}" in figures(section(BENCHMARKS, "Accuracy: `accuracy.py`"))
+
+
+# Links
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [README, BENCHMARKS, *DOCS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    targets = [target for target in re.findall(r"\]\((.*?)\)", text) if not target.startswith("https://")]
+    assert targets
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", [README, BENCHMARKS, *DOCS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_scripts_of_commands_exist(page):
+    scripts = re.findall(r"(?:examples|benchmarks)/[\w/]+\.(?:py|yaml)", page.read_text())
+    assert [script for script in scripts if not (ROOT / script).exists()] == []

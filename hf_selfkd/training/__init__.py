@@ -1,8 +1,9 @@
 """What only trains and never ships: the trainer, its callbacks, checkpoints and data."""
 
 from .checkpoints import find_last_checkpoint
+from .progress import ProgressTable
 from .seeded_data import SeededDataset
 from .streaming import SeededStream
 from .trainer import SelfDistillationTrainer
 
-__all__ = ["SeededDataset", "SeededStream", "SelfDistillationTrainer", "find_last_checkpoint"]
+__all__ = ["ProgressTable", "SeededDataset", "SeededStream", "SelfDistillationTrainer", "find_last_checkpoint"]

@@ -1,21 +1,16 @@
-"""Bad images are refused or handled as the example's help says, with their index and file."""
+"""Unreadable images are refused or left out as the example's help says, with their index and file."""
 
 import io
-import sys
-from pathlib import Path
 
+import data
 import numpy as np
 import pytest
 import torch
+import train_segmentation
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import data  # noqa: E402
-import train_segmentation  # noqa: E402
-
-from hf_selfkd.training.seeded_data import SeededDataset  # noqa: E402
+from hf_selfkd.training import SeededDataset
 
 
 def encode(image: PILImage.Image, kind: str = "PNG", **options) -> bytes:
@@ -30,18 +25,18 @@ def noise(mode: str = "RGB", size: int = 32) -> PILImage.Image:
 
 
 def bomb() -> bytes:
-    """Return a PNG of a few bytes that says it has 400 million pixels."""
+    """Return a PNG of a few bytes that claims to have 400 million pixels."""
     head = encode(PILImage.new("1", (1, 1)))
     return head[:16] + (20_000).to_bytes(4, "big") * 2 + head[24:]
 
 
-WHOLE = encode(noise())
+INTACT = encode(noise())
 BAD = {
-    "truncated PNG": WHOLE[:-200],
+    "truncated PNG": INTACT[:-200],
     "truncated JPEG": encode(noise(), "JPEG")[:400],
     "zero bytes": b"",
-    "text": b"no image",
-    "broken header": WHOLE[:20] + b"\xff\xff\xff\xff" + WHOLE[24:],
+    "text": b"not an image",
+    "broken header": INTACT[:20] + b"\xff\xff\xff\xff" + INTACT[24:],
     "decompression bomb": bomb(),
     "null": None,
 }
@@ -50,11 +45,11 @@ BAD = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", BAD)
 def test_refused(kind):
-    rows = [{"image": {"bytes": WHOLE, "path": "a.png"}, "label": 0}]
+    rows = [{"image": {"bytes": INTACT, "path": "a.png"}, "label": 0}]
     rows.append({"image": None if BAD[kind] is None else {"bytes": BAD[kind], "path": "b.png"}, "label": 1})
     samples = SeededDataset(data.LabelledImages(rows, lambda image: image), 0, num_labels=2, name="evaluation")
     assert samples[0]["pixel_values"].mode == "RGB"
-    words = "the row holds no image" if BAD[kind] is None else r"b\.png is no readable image \(.+\)"
+    words = "the row holds no image" if BAD[kind] is None else r"b\.png is not a readable image \(.+\)"
     with pytest.raises(ValueError, match=rf"^Sample 1 of the evaluation data cannot be read: {words}"):
         samples[1]
 
@@ -75,7 +70,7 @@ def test_handled(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """Write parquet files with six images, of which two in training cannot be read."""
-    contents = {"train": [WHOLE, BAD["truncated PNG"], WHOLE, b"", WHOLE, WHOLE], "test": [WHOLE, b"x", WHOLE]}
+    contents = {"train": [INTACT, BAD["truncated PNG"], INTACT, b"", INTACT, INTACT], "test": [INTACT, b"x", INTACT]}
     for name, images in contents.items():
         rows = {"image": [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]}
         rows |= {"label": [index % 2 for index in range(len(images))]}
@@ -88,11 +83,11 @@ def folder(tmp_path):
 def test_bad_training_images_are_left_out_counted_and_listed(folder, capsys, workers):
     images, _ = data.load_images(data.DataArguments(dataset=folder, skip_bad_images=2), workers)
     printed = capsys.readouterr().out
-    assert "--skip_bad_images: left out 2 of 6 training images:\n  row 1: 1.png is no readable image (" in printed
-    assert "\n  row 3: 3.png is no readable image (" in printed
+    assert "--skip_bad_images: left out 2 of 6 training images:\n  row 1: 1.png is not a readable image (" in printed
+    assert "\n  row 3: 3.png is not a readable image (" in printed
     assert images["train"]["label"][:] == [0, 0, 0, 1]
-    assert len(images["test"]) == 3  # evaluation leaves nothing out
-    with pytest.raises(ValueError, match="^1.png is no readable image"):
+    assert len(images["test"]) == 3  # evaluation leaves out none
+    with pytest.raises(ValueError, match="^1.png is not a readable image"):
         data.LabelledImages(images["test"], lambda image: image)[1]
 
 
@@ -110,13 +105,13 @@ def test_without_the_option_nothing_is_left_out(folder):
 def test_bad_rows_of_segmentation(tmp_path, capsys):
     label = encode(PILImage.new("L", (32, 32), 1))
     deep = encode(PILImage.fromarray(np.full((32, 32), 25700, dtype=np.uint16)))
-    images, labels = [WHOLE, b"", deep, WHOLE], [label, label, label, encode(noise())]
+    images, labels = [INTACT, b"", deep, INTACT], [label, label, label, encode(noise())]
     for name in ("train", "test"):
         rows = {"image": images, "label": labels}
         rows = {column: [{"bytes": value, "path": None} for value in values] for column, values in rows.items()}
         split = Dataset.from_dict(rows, features=Features({"image": Image(), "label": Image()}))
         (split if name == "train" else split.select([0])).to_parquet(tmp_path / f"{name}.parquet")
-    options = train_segmentation.Options(dataset=str(tmp_path), skip_bad_images=2, evaluation_split="test")
+    options = train_segmentation.SegmentationData(dataset=str(tmp_path), skip_bad_images=2, evaluation_split="test")
     training, _, names = train_segmentation.load_maps(options)
     assert "row 3: a label map must hold one class index per pixel" in capsys.readouterr().out
     assert names == ["0", "1"]

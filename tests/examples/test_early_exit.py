@@ -1,4 +1,4 @@
-"""The example that calibrates, run as a user runs it."""
+"""The example that calibrates early exit, run as a user runs it."""
 
 import json
 import subprocess
@@ -12,11 +12,13 @@ from hf_selfkd import EarlyExitOutput, ExitPolicy
 EXAMPLE = Path(__file__).parents[2] / "examples" / "early_exit.py"
 
 
-def test_a_checkpoint_learns_when_to_stop(hub, build, images, tmp_path):
+def test_a_checkpoint_gets_an_exit_policy(hub, build, images, tmp_path):
     folder = tmp_path / "model"
-    build(num_labels=10).save_pretrained(folder)
+    model = build(num_labels=10)
+    model.config.pretrained_cfg |= {"input_size": [3, 32, 32]}
+    model.save_pretrained(folder)
     options = ["--dataset", "digits", "--max_eval_samples", "120", "--target_cost", "0.7"]
-    options += ["--push_to_hub", "--hub_private_repo", "--hub_revision", "stop"]
+    options += ["--push_to_hub", "--hub_private_repo", "--hub_revision", "early"]
     command = [sys.executable, str(EXAMPLE), "--checkpoint", str(folder), *options]
     process = subprocess.run(command, capture_output=True, text=True, env=hub.environment(tmp_path / "home"))
     assert process.returncode == 0, process.stderr[-3000:]
@@ -30,10 +32,10 @@ def test_a_checkpoint_learns_when_to_stop(hub, build, images, tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(folder).eval()
     assert ExitPolicy.from_dict(loaded.config.exit_policy).num_exits == 4
     assert isinstance(loaded(images[0]["pixel_values"][None]), EarlyExitOutput)
-    assert (folder / "modeling_classification.py").exists()  # the checkpoint is whole still
+    assert (folder / "modeling_classification.py").exists()  # the checkpoint is still complete
     assert "auto_map" in json.loads((folder / "config.json").read_text())
     assert hub.repositories["ada/model"].private
-    files = hub.repositories["ada/model"].files("stop")
+    files = hub.repositories["ada/model"].files("early")
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()} | {
         ".gitattributes": files[".gitattributes"]
     }

@@ -1,13 +1,18 @@
-"""The examples, run as a user runs them."""
+"""The classification example: once as a user runs it, else in this process."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import data
 import numpy as np
 import pytest
+import timm
 import torch
+import train_cifar
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
@@ -16,19 +21,14 @@ from transformers import AutoModelForImageClassification, pipeline
 import hf_selfkd
 from tests.helpers.hub_server import HubServer
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import data  # noqa: E402
-
-FAST = ["--backbone", "test_resnet", "--backbone_kwargs", "{}", "--use_cpu", "true", "--disable_tqdm", "true"]
+FAST = ["--backbone", "test_resnet", "--backbone_kwargs", "{}", "--use_cpu", "true"]
+LAUNCH = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+DIGITS = ["--dataset", "digits", "--preset", "smoke", "--num_train_epochs", "2", "--max_train_samples", "320"]
+DIGITS += ["--image_size", "16"]
 
 
-def run(*arguments, launcher=(sys.executable,), check=True, env=None):
-    command = [*launcher, str(EXAMPLES / "train_cifar.py"), *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert not check or process.returncode == 0, process.stderr[-3000:]
-    return process
+def run(*arguments):
+    train_cifar.main([str(argument) for argument in arguments])
 
 
 def write_images(folder: Path, images: dict[str, PILImage.Image]) -> None:
@@ -46,21 +46,33 @@ def noise(mode: str = "RGB") -> PILImage.Image:
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """Train on the embedded data as the README says, but for fewer epochs of a smaller model, and push it."""
+    """Train on scikit-learn's digits like `make train`, but for fewer epochs of a smaller model, and push it."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1")
-    options = ["--dataset", "digits", "--preset", "smoke", "--num_train_epochs", "2", "--max_train_samples", "320"]
-    options += ["--push_to_hub", "true", "--hub_private_repo", "true", "--hub_token", "hf_of_ada"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, train_cifar.__file__, *DIGITS, *FAST]
+    command += ["--push_to_hub", "true", "--hub_private_repo", "true", "--hub_token", "hf_of_ada"]
     with HubServer() as server:
         environment = server.environment(tmp_path_factory.mktemp("home"), token=None)
-        process = run(*options, *FAST, "--output_dir", folder, launcher=launcher, env=environment)
-    return folder, process.stdout, server.repositories["ada/digits"]
+        command += ["--output_dir", str(folder)]
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder, process, server.repositories["ada/digits"]
+
+
+def test_training_shows_one_bar_and_a_row_per_epoch(digits_run):
+    _, process, _ = digits_run
+    header, *rows = process.stdout.splitlines()[:3]
+    assert header.split() == "epoch loss exit 0 exit 1 exit 2 exit 3 ensemble".split()
+    assert [row.split()[0] for row in rows] == ["1", "2"]
+    assert {len(row.split()) for row in rows} == {7}
+    assert "{" not in process.stdout and "Warning" not in process.stderr
+    assert {line.split("/")[1].split()[0] for line in re.findall(r"\d+/\d+ \[", process.stderr)} == {"20"}  # steps
 
 
 def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
-    folder, printed, _ = digits_run
+    folder, process, _ = digits_run
     metrics = json.loads((folder / "eval_results.json").read_text())
-    header, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
+    lines = [line for line in process.stdout.splitlines() if line.startswith("|")]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in lines]
     assert header == [
         "exit",
         "accuracy (%)",
@@ -78,8 +90,8 @@ def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
     assert "360 images of scikit-learn digits" in card.text and "| crop_padding | 4 |" in card.text
     found = [result.metric_value for result in card.data.eval_results]
     assert found[:-1] == pytest.approx([metrics[f"eval_accuracy_exit_{exit}"] for exit in range(4)], abs=5e-5)
-    answer = pipeline("image-classification", model=str(folder))(noise())
-    assert {entry["label"] for entry in answer} <= {str(digit) for digit in range(10)}
+    predictions = pipeline("image-classification", model=str(folder))(noise())
+    assert {entry["label"] for entry in predictions} <= {str(digit) for digit in range(10)}
 
 
 def test_the_run_is_on_the_hub(digits_run):
@@ -97,8 +109,6 @@ def test_a_loaded_checkpoint_has_the_accuracies_that_training_reported(digits_ru
     folder, _, _ = digits_run
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     images, _ = data.load_images(data.DataArguments(dataset="digits"))
-    import timm
-
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model.config.pretrained_cfg))
     samples = [data.LabelledImages(images["test"], transform)[index] for index in range(360)]
     with torch.no_grad():
@@ -112,13 +122,29 @@ def test_a_loaded_checkpoint_has_the_accuracies_that_training_reported(digits_ru
 
 def test_a_run_is_never_overwritten_but_resumed(digits_run):
     folder, _, _ = digits_run
-    options = ["--dataset", "digits", "--preset", "smoke", "--num_train_epochs", "2", "--max_train_samples", "320"]
-    refused = run(*options, *FAST, "--output_dir", folder, check=False)
-    assert refused.returncode != 0
-    assert "already holds a run. Go on with --resume_from_checkpoint last" in refused.stderr
+    with pytest.raises(ValueError, match="already holds a run. Resume it with --resume_from_checkpoint last"):
+        run(*DIGITS, *FAST, "--output_dir", folder)
     before = (folder / "model.safetensors").read_bytes()
-    run(*options, *FAST, "--output_dir", folder, "--resume_from_checkpoint", "last")
+    metrics = json.loads((folder / "eval_results.json").read_text())
+    run(*DIGITS, *FAST, "--output_dir", folder, "--resume_from_checkpoint", "last")
     assert (folder / "model.safetensors").read_bytes() == before  # the run was over: nothing is left to train
+    again = json.loads((folder / "eval_results.json").read_text())
+    names = [name for name in metrics if "accuracy" in name]
+    assert [again[name] for name in names] == [metrics[name] for name in names]
+    assert "| crop_padding | 4 |" in (folder / "README.md").read_text()
+
+
+def test_the_final_weights_are_evaluated_once(tmp_path, monkeypatch):
+    count, evaluate = [], hf_selfkd.SelfDistillationTrainer.evaluate
+    monkeypatch.setattr(
+        hf_selfkd.SelfDistillationTrainer, "evaluate", lambda self, *a, **k: count.append(1) or evaluate(self, *a, **k)
+    )
+    options = ["--max_train_samples", "32", "--max_eval_samples", "20", "--image_size", "8", "--num_train_epochs", "1"]
+    run(*DIGITS, *FAST, *options, "--output_dir", tmp_path / "each")
+    assert len(count) == 1
+    run(*DIGITS, *FAST, *options, "--output_dir", tmp_path / "none", "--eval_strategy", "no")
+    assert len(count) == 2
+    assert all((tmp_path / name / "eval_results.json").exists() for name in ("each", "none"))
 
 
 def test_a_folder_of_images_of_every_mode(tmp_path):
@@ -139,21 +165,20 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert np.asarray(image)[0, :, 0].tolist() == [0, 100, 255]
 
 
-def test_cards_name_data_as_people_know_it(tmp_path):
-    on_the_hub = data.card_facts(data.DataArguments(dataset="cifar10", mixup=0.2))
+def test_cards_name_data_by_its_usual_name(tmp_path):
+    on_the_hub = data.describe_data(data.DataArguments(dataset="cifar10", mixup=0.2))
     assert on_the_hub["dataset"] == "cifar10" and on_the_hub["dataset_tags"] == "uoft-cs/cifar10"
     assert on_the_hub["recipe"] == {"crop_padding": 4, "horizontal_flip": True, "mixup": 0.2}
-    local = data.card_facts(data.DataArguments(dataset=str(tmp_path / "flowers"), horizontal_flip=False))
+    local = data.describe_data(data.DataArguments(dataset=str(tmp_path / "flowers"), horizontal_flip=False))
     assert local == {"dataset": "flowers", "recipe": {"crop_padding": 4}}
 
 
-def test_a_file_that_is_no_image_is_named_with_its_index(tmp_path):
+def test_an_unreadable_file_is_named_with_its_index(tmp_path):
     write_images(tmp_path / "images", {f"{index}.png": noise() for index in range(6)})
-    (tmp_path / "images" / "train" / "class0" / "2.png").write_bytes(b"no image")
-    process = run("--dataset", tmp_path / "images", *FAST, "--output_dir", tmp_path / "run", check=False)
-    assert process.returncode != 0
-    assert "Sample 1 of the training data cannot be read: " in process.stderr
-    assert "class0/2.png is no readable image" in process.stderr
+    (tmp_path / "images" / "train" / "class0" / "2.png").write_bytes(b"not an image")
+    words = "^Sample 1 of the training data cannot be read: .*class0/2.png is not a readable image"
+    with pytest.raises(ValueError, match=words):
+        run("--dataset", tmp_path / "images", *FAST, "--output_dir", tmp_path / "run")
 
 
 def parquet(folder: Path, rows: dict, features: Features | None = None) -> str:
@@ -183,9 +208,9 @@ def test_a_missing_label_column(tmp_path):
         data.load_images(data.DataArguments(dataset=folder))
 
 
-def test_labels_that_are_no_classes(tmp_path):
+def test_labels_that_are_not_classes(tmp_path):
     folder = parquet(tmp_path / "text", {"image": [noise()] * 2, "label": ["cat", "dog"]})
-    with pytest.raises(ValueError, match="Column 'label' must hold whole numbers from 0 or class labels, but holds"):
+    with pytest.raises(ValueError, match="Column 'label' must hold integers from 0 or class labels, but holds"):
         data.load_images(data.DataArguments(dataset=folder))
     folder = parquet(tmp_path / "numbers", {"image": [noise()] * 3, "label": [0, 3, 1]})
     assert data.load_images(data.DataArguments(dataset=folder))[1] == ["0", "1", "2", "3"]
@@ -198,16 +223,14 @@ def test_labels_that_are_no_classes(tmp_path):
 def test_missing_splits(monkeypatch, splits, words):
     features = Features(image=Image(), label=ClassLabel(names=["a"]))
     split = Dataset.from_dict({"image": [noise()], "label": [0]}, features=features)
-    monkeypatch.setattr(data, "_load", lambda name, streaming: DatasetDict({name: split for name in splits}))
+    monkeypatch.setattr(data.loading, "_load", lambda name, streaming: DatasetDict({name: split for name in splits}))
     with pytest.raises(ValueError, match=words):
         data.load_images(data.DataArguments(dataset="x"))
 
 
-def test_without_the_hub_the_way_out_is_named(monkeypatch):
-    process = run("--output_dir", "runs/never", *FAST, check=False)
-    assert process.returncode != 0
-    assert "uoft-cs/cifar100 could not be had from the Hub" in process.stderr
-    assert "use --dataset digits, or --dataset with a local folder" in process.stderr
+def test_without_the_hub_the_alternatives_are_named():
+    with pytest.raises(ValueError, match="uoft-cs/cifar100 could not be downloaded .* use --dataset digits, or --dat"):
+        data.load_images(data.DataArguments())
     with pytest.raises(
         ValueError, match="--dataset takes cifar10, cifar100, imagenet-1k, digits or an existing folder, but got 'x'"
     ):
@@ -238,13 +261,9 @@ def test_an_empty_folder(tmp_path):
         (["--auto_augment", "trivial"], "--auto_augment takes autoaugment or randaugment, but got 'trivial'."),
     ],
 )
-def test_bad_options(tmp_path, monkeypatch, arguments, words):
-    import train_cifar
-
-    options = [*FAST, "--dataset", "digits", "--output_dir", tmp_path / "run", *arguments]
-    monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, options)])
+def test_bad_options(tmp_path, arguments, words):
     with pytest.raises(ValueError) as error:
-        train_cifar.main()
+        run(*FAST, "--dataset", "digits", "--output_dir", tmp_path / "run", *arguments)
     assert words in str(error.value)
 
 
@@ -259,15 +278,12 @@ def test_erased_pixels_are_grey():
     assert changed.any() and (erased[:, changed] == torch.tensor([51, 102, 153]).unsqueeze(1)).all()
 
 
-def test_controls(tmp_path, monkeypatch):
+def test_regularization_and_a_frozen_backbone(tmp_path):
     """Augmentation, mixing and label smoothing together with a method, exits on a frozen backbone."""
-    import train_cifar
 
     def train(name, *arguments):
-        options = ["--dataset", "digits", "--preset", "smoke", "--max_train_samples", 64, "--max_eval_samples", 20]
-        options += [*FAST, "--num_train_epochs", 1, "--output_dir", tmp_path / name, *arguments]
-        monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, options)])
-        train_cifar.main()
+        options = [*DIGITS, "--max_train_samples", 64, "--max_eval_samples", 20, "--num_train_epochs", 1]
+        run(*options, *FAST, "--output_dir", tmp_path / name, *arguments)
 
     mixing = ["--mixup", 0.2, "--cutmix", 1.0, "--label_smoothing_factor", 0.1]
     train("mixed", *mixing, "--auto_augment", "autoaugment", "--random_erasing", 0.5, "--method", "byot")
@@ -281,3 +297,18 @@ def test_controls(tmp_path, monkeypatch):
     for name, tensor in fresh.backbone.state_dict().items():
         assert torch.equal(tensor, frozen.backbone.state_dict()[name]), name
     assert not torch.equal(fresh.exits[0].classifier.weight, frozen.exits[0].classifier.weight)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+RECIPES = re.findall(r"^\| ([A-Z-]+) \| `(--.*?)`", PAGE, flags=re.MULTILINE)
+
+
+def test_recipes_are_found():
+    assert [name for name, _ in RECIPES] == ["BYOT", "FRSKD", "LSH", "OKD-MDE"]
+
+
+@pytest.mark.parametrize(("name", "options"), RECIPES)
+def test_the_recipes_of_the_docs_are_options(name, options):
+    model, _, args = train_cifar.parse([*shlex.split(options), "--output_dir", "unused", "--use_cpu", "true"])
+    assert model.method == name.lower().replace("-", "_")
+    assert max(model.lr_milestones) < args.num_train_epochs

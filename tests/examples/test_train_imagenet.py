@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data
 import numpy as np
 import pytest
+import train_imagenet
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -17,12 +19,7 @@ from transformers import AutoModelForImageClassification
 
 from tests.helpers.processes import free_port
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import data  # noqa: E402
-import train_imagenet  # noqa: E402
-
+EXAMPLES = Path(train_imagenet.__file__).parent
 ACCELERATE = EXAMPLES / "accelerate"
 SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--use_cpu", "true", "--disable_tqdm", "true"]
 SMALL += ["--num_train_epochs", "2", "--per_device_train_batch_size", "6", "--lr_milestones", "1"]
@@ -30,7 +27,7 @@ SMALL += ["--num_train_epochs", "2", "--per_device_train_batch_size", "6", "--lr
 
 @pytest.fixture(scope="module")
 def standin(tmp_path_factory):
-    """Return a folder of three classes, in each eight JPEGs to train on and three to evaluate on."""
+    """Return a folder of three classes, each with eight JPEGs to train on and three to evaluate on."""
     folder = tmp_path_factory.mktemp("imagenet")
     random = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 3)):
@@ -44,7 +41,7 @@ def standin(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parquet(standin, tmp_path_factory):
-    """Return the same as the Hub has it: files of rows."""
+    """Return the same as parquet files, as the Hub stores it."""
     folder = tmp_path_factory.mktemp("parquet")
     for name, split in load_dataset(str(standin)).items():
         for index in range(4):
@@ -52,13 +49,12 @@ def parquet(standin, tmp_path_factory):
     return folder
 
 
-def run(monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", *map(str, options)])
-    train_imagenet.main()
+def run(*options):
+    train_imagenet.main([str(option) for option in options])
 
 
-def test_a_folder_trains(standin, tmp_path, monkeypatch):
-    run(monkeypatch, "--dataset", standin, *SMALL, "--output_dir", tmp_path)
+def test_a_folder_trains(standin, tmp_path):
+    run("--dataset", standin, *SMALL, "--output_dir", tmp_path)
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert sorted(model.config.id2label.values()) == ["n01440", "n01441", "n01442"]
     settings = model.config.pretrained_cfg
@@ -68,18 +64,18 @@ def test_a_folder_trains(standin, tmp_path, monkeypatch):
     assert (state["global_step"], state["epoch"]) == (8, 2)
 
 
-def test_a_stream_trains_and_is_resumed(parquet, tmp_path, monkeypatch):
+def test_a_stream_trains_and_resumes(parquet, tmp_path):
     options = ["--dataset", parquet, "--streaming", "true", "--num_train_images", "24", *SMALL]
     options += ["--logging_strategy", "steps", "--logging_steps", "1", "--save_total_limit", "5"]
-    run(monkeypatch, *options, "--output_dir", tmp_path / "whole", "--save_strategy", "steps", "--save_steps", "3")
-    whole = json.loads((tmp_path / "whole" / "checkpoint-8" / "trainer_state.json").read_text())
+    run(*options, "--output_dir", tmp_path / "complete", "--save_strategy", "steps", "--save_steps", "3")
+    complete = json.loads((tmp_path / "complete" / "checkpoint-8" / "trainer_state.json").read_text())
     (tmp_path / "part").mkdir()
-    os.rename(tmp_path / "whole" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
+    os.rename(tmp_path / "complete" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
     options += ["--output_dir", tmp_path / "part", "--resume_from_checkpoint", "last"]
-    run(monkeypatch, *options, "--save_strategy", "steps", "--save_steps", "3")
+    run(*options, "--save_strategy", "steps", "--save_steps", "3")
     part = json.loads((tmp_path / "part" / "checkpoint-8" / "trainer_state.json").read_text())
     assert [entry for entry in part["log_history"] if "loss" in entry] == [
-        entry for entry in whole["log_history"] if "loss" in entry
+        entry for entry in complete["log_history"] if "loss" in entry
     ]
 
 
@@ -98,23 +94,23 @@ def test_the_recipe():
 
 def test_streams_without_what_they_need(standin, parquet):
     images = data.DataArguments(dataset=str(parquet), streaming=True, max_train_samples=4)
-    with pytest.raises(ValueError, match="--max_train_samples is not for streams, which are not read before training"):
+    with pytest.raises(ValueError, match="--max_train_samples does not apply to streams, which are not read before"):
         data.load_images(images)
     images = data.DataArguments(dataset=str(standin), evaluation_split="dev")
     with pytest.raises(ValueError, match="has the splits train, validation, but none to evaluate on: one of dev"):
         data.load_images(images)
 
 
-def test_a_stream_of_unknown_length_needs_max_steps(parquet, tmp_path, monkeypatch):
+def test_a_stream_of_unknown_length_needs_max_steps(parquet, tmp_path):
     with pytest.raises(ValueError, match="max_steps"):
-        run(monkeypatch, "--dataset", parquet, "--streaming", "true", *SMALL, "--output_dir", tmp_path)
+        run("--dataset", parquet, "--streaming", "true", *SMALL, "--output_dir", tmp_path)
 
 
 # The files for accelerate
 
 
 def launch(file, *options):
-    """Return what accelerate makes of a command line, up to starting the processes."""
+    """Parse a command line as accelerate does, up to starting the processes."""
     words = ["--config_file", str(ACCELERATE / file), *options, "train_imagenet.py"]
     return _validate_launch_command(launch_command_parser().parse_args(words))[0]
 
@@ -125,7 +121,7 @@ def test_accelerate_reads_every_file(path):
     assert f"--config_file examples/accelerate/{path.name}" in path.read_text().split("compute_environment")[0]
 
 
-def test_accelerate_understands_every_file():
+def test_accelerate_parses_every_file_as_meant():
     one = launch("one_machine.yaml", "--num_processes", "2")
     assert (one.multi_gpu, one.use_fsdp, one.num_machines, one.num_processes) == (True, False, 1, 2)
     several = launch("several_machines.yaml", "--machine_rank", "1", "--main_process_ip", "127.0.0.1")

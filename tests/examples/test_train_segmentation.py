@@ -1,4 +1,4 @@
-"""The segmentation example, run as a user runs it, on a small data set that it reads from disk."""
+"""The segmentation example on a small data set that it reads from disk."""
 
 import json
 import subprocess
@@ -8,17 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_segmentation
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 
 import hf_selfkd  # noqa: F401  registers the model
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import train_segmentation  # noqa: E402
-
+EXAMPLES = Path(train_segmentation.__file__).parent
 FAST = ["--backbone", "test_resnet", "--pyramid_width", "8", "--use_cpu", "true", "--disable_tqdm", "true"]
 SIZE = ["--image_size", "32", "64", "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "1"]
 
@@ -30,7 +27,7 @@ def run(*arguments):
 
 
 def rows(count: int, size: tuple[int, int] = (40, 72), map_mode: str = "L"):
-    """Images whose left half is dark and of class 0, the right one bright and of class 1; void (9) on top."""
+    """Images whose left half is dark (class 0) and right half bright (class 1), with ignored pixels (9) on top."""
     generator = np.random.default_rng(0)
     for _ in range(count):
         label = np.zeros(size, dtype=np.uint8)
@@ -64,43 +61,43 @@ def test_checkpoint_has_the_metrics_that_training_reported(trained):
     metrics = json.loads((trained / "run" / "eval_results.json").read_text())
     model = AutoModelForSemanticSegmentation.from_pretrained(trained / "run").eval()
     processor = AutoImageProcessor.from_pretrained(trained / "run")
-    right = union = 0
+    correct = union = 0
     for row in rows(5, (50, 61)):
         inputs = processor(row["image"], row["label"], return_tensors="pt")
         with torch.no_grad():
             output = model(**inputs)
         labels = inputs["labels"][0]
-        answer = processor.post_process_semantic_segmentation(output, [tuple(labels.shape)])[0][labels != 9]
+        predicted = processor.post_process_semantic_segmentation(output, [tuple(labels.shape)])[0][labels != 9]
         labels = labels[labels != 9]
         classes = torch.arange(3)[:, None]
-        right += ((answer == classes) & (labels == classes)).sum(1)
-        union += ((answer == classes) | (labels == classes)).sum(1)
-    assert metrics["eval_mean_iou"] == pytest.approx((right / union)[union > 0].mean().item(), abs=0.01)
+        correct += ((predicted == classes) & (labels == classes)).sum(1)
+        union += ((predicted == classes) | (labels == classes)).sum(1)
+    assert metrics["eval_mean_iou"] == pytest.approx((correct / union)[union > 0].mean().item(), abs=0.01)
     assert model.config.id2label == {0: "dark", 1: "bright", 2: "never"}
 
 
-def test_pipeline_answers_in_the_size_of_the_image(trained):
+def test_the_pipeline_segments_in_the_size_of_the_image(trained):
     image = next(rows(1))["image"]
     segments = pipeline("image-segmentation", model=str(trained / "run"))(image)
     assert {segment["label"] for segment in segments} <= {"dark", "bright", "never"}
     assert all(segment["mask"].size == image.size for segment in segments)
 
 
-def test_pictures_show_image_label_and_answer(trained):
+def test_pictures_show_image_label_and_prediction(trained):
     pictures = sorted((trained / "run" / "pictures").glob("*.png"))
     assert [path.name for path in pictures] == ["0.png", "1.png"]
     first = next(rows(5, (50, 61)))
-    image, label, answer = np.split(np.array(PILImage.open(pictures[0])), 3, axis=1)
+    image, label, predicted = np.split(np.array(PILImage.open(pictures[0])), 3, axis=1)
     assert np.array_equal(image, np.array(first["image"]))
     colours = train_segmentation.palette(3)
     expected = np.array(first["label"]).astype(int)
     expected[expected == 9] = 3
     assert np.array_equal(label, colours[expected])
-    assert (answer[:3] == 0).all()  # void is black in both
-    assert (answer[3:, :, None] == colours[:3]).all(-1).any(-1).all()
+    assert (predicted[:3] == 0).all()  # ignored pixels are black in both
+    assert (predicted[3:, :, None] == colours[:3]).all(-1).any(-1).all()
 
 
-def test_palette_has_a_colour_per_class_and_black_for_void():
+def test_palette_has_a_colour_per_class_and_black_for_ignored_pixels():
     colours = train_segmentation.palette(150)
     assert len({tuple(colour) for colour in colours}) == 151
     assert tuple(colours[-1]) == (0, 0, 0)
@@ -108,7 +105,7 @@ def test_palette_has_a_colour_per_class_and_black_for_void():
 
 
 def test_training_transform_moves_image_and_map_together():
-    options = train_segmentation.Options(dataset="", image_size=[40, 72], crop_size=[32, 48], ignore_index=9)
+    options = train_segmentation.SegmentationData(dataset="", image_size=[40, 72], crop_size=[32, 48], ignore_index=9)
     transform, _ = train_segmentation.transforms(
         options, {"interpolation": "bilinear", "mean": [0] * 3, "std": [1] * 3}
     )
@@ -125,11 +122,11 @@ def test_training_transform_moves_image_and_map_together():
 EVALUATE = """
 import json, sys
 sys.path.insert(0, {examples!r})
-from train_segmentation import LabelledMaps, Options, load_maps, transforms
+from train_segmentation import LabelledMaps, SegmentationData, load_maps, transforms
 from transformers import AutoModelForSemanticSegmentation, TrainingArguments
 from hf_selfkd import SelfDistillationTrainer
 
-options = Options(dataset={data!r}, image_size=[32, 64], ignore_index=9)
+options = SegmentationData(dataset={data!r}, image_size=[32, 64], ignore_index=9)
 _, rows, _ = load_maps(options)
 _, transform = transforms(options, {{"interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}})
 args = TrainingArguments({output!r}, use_cpu=True, ddp_backend="gloo", per_device_eval_batch_size=1, report_to="none")
@@ -154,7 +151,7 @@ def test_two_processes_report_the_metrics_of_one(trained, tmp_path):
         metrics.append(json.loads((output / "eval_results.json").read_text()))
     names = [name for name in metrics[0] if "iou" in name or "pixel" in name]
     assert len(names) == 12
-    for name in names:  # of five images: one of the processes sees a sixth, which must not count
+    for name in names:  # of five images: one of the processes sees a sixth, which must not be counted
         assert metrics[1][name] == pytest.approx(metrics[0][name], abs=1e-6)
 
 
@@ -164,21 +161,29 @@ def test_two_processes_report_the_metrics_of_one(trained, tmp_path):
 @pytest.mark.parametrize(
     ("splits", "options", "message"),
     [
-        ({"train": 2}, {}, "has the splits train, but train and one of validation, valid, val, test are needed."),
-        ({"train": 2, "test": 2}, {"label_column": "mask"}, "'mask' is no column of images. Columns: image, label."),
+        (
+            {"train": 2},
+            {},
+            "has the splits train, but none to evaluate on: one of validation, valid, val, test is needed",
+        ),
+        (
+            {"train": 2, "test": 2},
+            {"label_column": "mask"},
+            "'mask' is not a column of images. Columns: image, label.",
+        ),
         ({"train": 2, "test": 2}, {"class_names": '{"0": "sky"}'}, "--class_names must be a JSON list"),
     ],
 )
 def test_data_that_cannot_be_used(tmp_path, splits, options, message):
     data = write(tmp_path / "data", **{name: rows(count) for name, count in splits.items()})
     with pytest.raises(ValueError) as error:
-        train_segmentation.load_maps(train_segmentation.Options(dataset=str(data), **options))
+        train_segmentation.load_maps(train_segmentation.SegmentationData(dataset=str(data), **options))
     assert message in str(error.value)
 
 
 def test_number_of_classes_is_read_from_the_training_maps(tmp_path):
     data = write(tmp_path / "data", train=rows(3), validation=rows(2), test=rows(1))
-    options = train_segmentation.Options(dataset=str(data), ignore_index=9, max_train_samples=2)
+    options = train_segmentation.SegmentationData(dataset=str(data), ignore_index=9, max_train_samples=2)
     training, evaluation, names = train_segmentation.load_maps(options)
     assert (len(training), len(evaluation), names) == (2, 2, ["0", "1"])
 

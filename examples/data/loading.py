@@ -1,0 +1,140 @@
+"""Find a data set by name or folder, its splits, its columns and its class names."""
+
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict, load_dataset
+from PIL import Image as PILImage
+
+from .arguments import HUB_DATASETS, DataArguments, SplitArguments
+from .bad_images import leave_out_bad_images
+from .images import read_row
+
+EVALUATION_SPLITS = ("test", "validation", "valid", "val")
+
+
+def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[DatasetDict | IterableDatasetDict, list[str]]:
+    """Load training and evaluation images, or open streams of them.
+
+    Args:
+        arguments: The options of the data.
+        num_workers: Processes that look for bad images.
+
+    Returns:
+        The splits ``train`` and ``test`` with the columns ``image`` (encoded) and ``label``, and the class names.
+
+    Raises:
+        ValueError: If the data cannot be found or downloaded, its columns are ambiguous, or more images than allowed
+            are unreadable.
+    """
+    if arguments.streaming:
+        _refuse_for_streams(arguments)
+    splits = _digits() if arguments.dataset == "digits" else _load(arguments.dataset, arguments.streaming)
+    chosen = choose_splits(splits, arguments, EVALUATION_SPLITS)
+    image, label = _find_columns(chosen["train"].features, arguments)
+    names = {old: new for old, new in {image: "image", label: "label"}.items() if old != new}
+    for name, split in chosen.items():
+        split = split.select_columns([image, label]).rename_columns(names)
+        chosen[name] = split.cast_column("image", Image(decode=False))
+    if arguments.skip_bad_images:
+        chosen["train"] = leave_out_bad_images(chosen["train"], read_row, arguments.skip_bad_images, num_workers)
+    return chosen, _class_names(chosen, label)
+
+
+def choose_splits(splits: DatasetDict, arguments: SplitArguments, evaluation_splits: tuple[str, ...]) -> DatasetDict:
+    """Return the splits ``train`` and ``test``, cut to ``max_train_samples`` and ``max_eval_samples``.
+
+    Args:
+        splits: All splits.
+        arguments: The options of the data.
+        evaluation_splits: Names of the split to evaluate on, the preferred one first.
+
+    Raises:
+        ValueError: If a split is missing.
+    """
+    if "train" not in splits:
+        raise ValueError(f"{arguments.dataset} has the splits {', '.join(splits)}, but none called train.")
+    accepted = [arguments.evaluation_split] if arguments.evaluation_split else evaluation_splits
+    evaluation = next((name for name in accepted if name in splits), None)
+    if evaluation is None:
+        raise ValueError(
+            f"{arguments.dataset} has the splits {', '.join(splits)}, but none to evaluate on: "
+            f"one of {', '.join(accepted)} is needed."
+        )
+    chosen = type(splits)(train=splits["train"], test=splits[evaluation])
+    for name, limit in (("train", arguments.max_train_samples), ("test", arguments.max_eval_samples)):
+        if limit:
+            chosen[name] = chosen[name].select(range(min(limit, len(chosen[name]))))
+    return chosen
+
+
+def _refuse_for_streams(arguments: DataArguments) -> None:
+    for name in ("max_train_samples", "max_eval_samples", "skip_bad_images"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name} does not apply to streams, which are not read before training. Leave it out.")
+
+
+def _load(name: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    if name not in HUB_DATASETS and not Path(name).is_dir():
+        known = ", ".join([*HUB_DATASETS, "digits"])
+        raise ValueError(f"--dataset takes {known} or an existing folder, but got {name!r}.")
+    try:
+        return load_dataset(HUB_DATASETS.get(name, name), streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:
+        if name not in HUB_DATASETS:
+            raise ValueError(f"The folder {name!r} holds neither parquet files nor images.") from error
+        raise ValueError(
+            f"{HUB_DATASETS[name]} could not be downloaded from the Hub ({error}). Without a network use --dataset "
+            "digits, or --dataset with a local folder of parquet files or images."
+        ) from error
+
+
+def _digits() -> DatasetDict:
+    """Return scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels, 360 of them for evaluation."""
+    from sklearn.datasets import load_digits
+
+    scans, labels = load_digits(return_X_y=True)
+    pixels = (scans.reshape(-1, 8, 8) / 16 * 255).astype("uint8")
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    rows = {"image": [PILImage.fromarray(scan) for scan in pixels], "label": labels.tolist()}
+    return Dataset.from_dict(rows, features=features).train_test_split(360, seed=0, stratify_by_column="label")
+
+
+def _find_columns(features: Features, arguments: DataArguments) -> tuple[str, str]:
+    image = _find_column(features, arguments.image_column, Image, "image")
+    label = _find_column(features, arguments.label_column, ClassLabel, "label")
+    if image == label:
+        raise ValueError(f"--image_column and --label_column both name {image!r}.")
+    return image, label
+
+
+def _find_column(features: Features, name: str | None, kind: type, role: str) -> str:
+    if name is not None:
+        if name not in features:
+            raise ValueError(f"--{role}_column {name!r} is not among the columns: {', '.join(features)}.")
+        if kind is Image and not isinstance(features[name], Image):
+            raise ValueError(f"--{role}_column {name!r} does not hold images, but {features[name]}.")
+        return name
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    named = [column for column in ("image", "img", "label", "labels") if column in features and role[:2] in column]
+    if len(found) == 1:
+        return found[0]
+    if found == [] and len(named) == 1 and kind is ClassLabel:
+        return named[0]
+    if "fine_label" in found:  # CIFAR-100 has its twenty superclasses beside the hundred classes
+        return "fine_label"
+    raise ValueError(
+        f"{'No' if not found else 'More than one'} {role} column was found among {', '.join(features)}. "
+        f"Name it with --{role}_column."
+    )
+
+
+def _class_names(splits: DatasetDict | IterableDatasetDict, column: str) -> list[str]:
+    feature = splits["train"].features["label"]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    if isinstance(splits, IterableDatasetDict):
+        raise ValueError(f"Streams need class labels with their names, but column {column!r} holds {feature}.")
+    labels = splits["train"].unique("label")
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise ValueError(f"Column {column!r} must hold integers from 0 or class labels, but holds {labels[:3]}.")
+    return [str(label) for label in range(max(labels) + 1)]
