@@ -103,12 +103,12 @@ def test_an_honest_checkpoint_loads_without_a_connection(checkpoint, offline):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"num_labels": 10**9, "id2label": None}, "num_labels must be a whole number from 1 to 200,000, but got 1000"),
-        ({"num_labels": 10**9}, "num_labels must be a whole number from 1 to 200,000, but got 1000000000."),
-        ({"exit_width": 10**9}, "exit_width must be a whole number from 1 to 65,536 or None, but got 1000000000."),
+        ({"num_labels": 10**9, "id2label": None}, "num_labels must be an integer from 1 to 200,000, but got 1000"),
+        ({"num_labels": 10**9}, "num_labels must be an integer from 1 to 200,000, but got 1000000000."),
+        ({"exit_width": 10**9}, "exit_width must be an integer from 1 to 65,536 or None, but got 1000000000."),
         (
             {"exit_width": 60_000, "num_labels": 1_000, "id2label": None},
-            "more are asked for by num_labels=1000, exit_width=60000",
+            "more are requested by num_labels=1000, exit_width=60000",
         ),
         (
             {"backbone_kwargs": {"layers": [1e6, 1, 1, 1]}},
@@ -120,10 +120,10 @@ def test_an_honest_checkpoint_loads_without_a_connection(checkpoint, offline):
         ),
         (
             {"backbone_kwargs": {"layers": [60_000, 1, 1, 1]}},
-            "A backbone may have 300 tensors, but more are asked for",
+            "A backbone may have 300 tensors, but more are requested",
         ),
         ({"backbone_kwargs": {"stem_width": -1}}, "No backbone can be built from num_labels=5"),
-        ({"pretrained_cfg": {"input_size": [3, 10**6, 32]}}, "pretrained_cfg asks for input_size=[3, 1000000, 32]"),
+        ({"pretrained_cfg": {"input_size": [3, 10**6, 32]}}, "pretrained_cfg has input_size=[3, 1000000, 32]"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 1e-6}}, "and crop_pct=1e-06"),
     ],
 )
@@ -137,7 +137,7 @@ def test_hostile_sizes_are_refused_before_they_take_memory(checkpoint, monkeypat
 @pytest.mark.parametrize(
     ("width", "words"),
     [
-        (10**9, "pyramid_width must be a whole number from 1 to 65,536, but got 1000000000."),
+        (10**9, "pyramid_width must be an integer from 1 to 65,536, but got 1000000000."),
         (60_000, "pyramid_width=60000"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_hostile_configuration_is_refused_without_a_checkpoint_too(model_class
     model_class(MultiExitConfig(backbone="test_resnet", num_labels=5, **small))
     monkeypatch.setattr(torch, "empty", only_on_meta(torch.empty))
     with pytest.raises(
-        ValueError, match=r"A model may have 1,000,000 values, but [\d,]+ are asked for by num_labels=90,"
+        ValueError, match=r"A model may have 1,000,000 values, but [\d,]+ are requested by num_labels=90,"
     ):
         model_class(
             MultiExitConfig(backbone="test_resnet", num_labels=90, **{n: 1_000 for n in small or ["exit_width"]})
