@@ -118,7 +118,8 @@ def _end_of_stage(backbone: nn.Module, path: str) -> str | None:
     if path not in modules:
         return None
     while type(modules[path]) in (nn.Sequential, nn.ModuleList) and len(modules[path]):
-        path = f"{path}.{next(reversed(modules[path]._modules))}"
+        *_, (last, _) = modules[path].named_children()
+        path = f"{path}.{last}"
     return path
 
 

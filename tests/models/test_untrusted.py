@@ -1,7 +1,6 @@
 """Checkpoints from anyone: nothing runs, is fetched or takes memory that was not asked for."""
 
 import json
-import resource
 import shutil
 import socket
 
@@ -12,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
 from hf_selfkd import MultiExitConfig, MultiExitForImageClassification, MultiExitForSemanticSegmentation
-from hf_selfkd.models import untrusted as limits
+from hf_selfkd.models import untrusted
+from tests.helpers.memory import memory_limit
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,17 @@ def edit(folder, **fields):
 
 
 def loading_fails(loader, folder):
-    """Return the words of the error with which loading fails; it must take no memory to speak of."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError) as error:
+    """Return the message of the error with which loading fails before it takes 500 MB."""
+    with pytest.raises(ValueError) as error, memory_limit(500_000_000):
         loader.from_pretrained(folder)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
     return str(error.value)
+
+
+def test_the_memory_limit_is_effective():
+    torch.empty(300_000_000, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="memory"), memory_limit(500_000_000):
+        torch.empty(600_000_000, dtype=torch.uint8)
+    torch.empty(600_000_000, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +133,8 @@ def test_an_honest_checkpoint_loads_without_a_connection(checkpoint, offline):
     ],
 )
 def test_hostile_sizes_are_refused_before_they_take_memory(checkpoint, monkeypatch, fields, words):
-    assert limits.MAX_TENSORS == 10_000
-    monkeypatch.setattr(limits, "MAX_TENSORS", 300)  # as many modules take a while to build
+    assert untrusted.MAX_TENSORS == 10_000
+    monkeypatch.setattr(untrusted, "MAX_TENSORS", 300)  # as many modules take a while to build
     edit(checkpoint, **fields)
     assert words in loading_fails(AutoModelForImageClassification, checkpoint)
 
@@ -149,7 +154,7 @@ def test_hostile_pyramids_are_refused_before_they_take_memory(saved, tmp_path, w
 
 @pytest.mark.parametrize("model_class", [MultiExitForImageClassification, MultiExitForSemanticSegmentation])
 def test_a_hostile_configuration_is_refused_without_a_checkpoint_too(model_class, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_VALUES", 1_000_000)
+    monkeypatch.setattr(untrusted, "MAX_VALUES", 1_000_000)
     small = {} if model_class is MultiExitForImageClassification else {"pyramid_width": 8}
     model_class(MultiExitConfig(backbone="test_resnet", num_labels=5, **small))
     monkeypatch.setattr(torch, "empty", only_on_meta(torch.empty))
@@ -175,7 +180,7 @@ def only_on_meta(factory):
 def test_a_few_new_values_are_no_offence(checkpoint, monkeypatch):
     load = MultiExitForImageClassification.from_pretrained
     assert load(checkpoint, num_labels=100, ignore_mismatched_sizes=True).config.num_labels == 100
-    monkeypatch.setattr(limits, "MAX_NEW_VALUES", 10)
+    monkeypatch.setattr(untrusted, "MAX_NEW_VALUES", 10)
     assert load(checkpoint).config.num_labels == 5
     edit(checkpoint, num_labels=5_000, id2label=None)
     words = loading_fails(MultiExitForImageClassification, checkpoint)
