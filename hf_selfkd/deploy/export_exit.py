@@ -71,7 +71,7 @@ def export_exit(
         path: Path of the file; that of a torch program must end in ``.pt2``.
         format: ``"onnx"``, or ``"torch"`` for what ``torch.export.load`` reads.
         image_size: Side of the images, or height and width, in pixels; ``None`` for
-        ``config.pretrained_cfg["input_size"]``.
+            ``config.pretrained_cfg["input_size"]``.
 
     Returns:
         The path.

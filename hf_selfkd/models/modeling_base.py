@@ -2,18 +2,16 @@
 
 import json
 import os
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub import create_repo
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
-from transformers.utils.hub import create_and_tag_model_card
 
+from .checkpoints import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
 from .configuration import MultiExitConfig
 from .dry_run import measure
 from .exit_policy import resolve_policy
@@ -22,7 +20,7 @@ from .loss import cross_entropy
 from .outputs import MultiExitOutput
 from .stages import Anatomy, choose_stages
 from .timm_factory import create_backbone, create_recorded, data_config
-from .untrusted import LOCATION_ARGUMENTS, check_new_values, check_weights, limited
+from .untrusted import check_new_values, limited
 
 # The arguments of save_pretrained that are about the upload.
 _UPLOAD_ARGUMENTS = ("commit_message", "create_pr", "private", "repo_id", "revision", "token")
@@ -122,13 +120,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     ) -> MultiExitOutput | tuple:
         """Turn the outputs of all exits into the output of ``forward``: final logits, loss and scaffold.
 
-        Args:
-            pixel_values: As ``forward`` got them.
-            labels: Labels for the loss.
-            output_hidden_states: As ``forward`` got it.
-            return_dict: As ``forward`` got it.
-            exit_logits: One tensor per exit, first to last.
-            found: Features and feature maps, as :class:`MultiExitOutput` names them.
+        The first four arguments are those of ``forward``; ``found`` are further fields of :class:`MultiExitOutput`.
         """
         logits = exit_logits[-1]
         if self.config.ensemble and not self.training:
@@ -245,7 +237,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The weights in {source} cannot be read: {error}. The file is truncated or corrupt."
             ) from error
-        _check_loaded(source, info, ignore_mismatched_sizes)
+        check_loaded(source, info, ignore_mismatched_sizes)
         if source is not None and kwargs.get("state_dict") is None:
             model.check_exits(source, **{name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs})
         return (model, info) if output_loading_info else model
@@ -278,7 +270,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         if is_main_process and os.path.isdir(save_directory):
             self._save_image_processor(save_directory)
             if push_to_hub:
-                self._upload(save_directory, before, **target)
+                upload(self, save_directory, before, **target)
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
         """Write preprocessor_config.json, for tools that do not read config.json."""
@@ -286,24 +278,6 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         with open(os.path.join(folder, IMAGE_PROCESSOR_NAME), "w", encoding="utf-8") as file:
             json.dump({name: getattr(self.config, name) for name in names}, file, indent=2)
             file.write("\n")
-
-    def _upload(
-        self,
-        folder: str | os.PathLike,
-        before: dict[str, float],
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        **kwargs,
-    ) -> None:
-        """Upload the files of a folder that are newer than ``before``, with its card or a short one."""
-        repo_id = os.path.basename(os.path.abspath(folder)) if repo_id is None else repo_id
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        card = os.path.join(folder, "README.md")
-        before.pop("README.md", None)
-        if not os.path.isfile(card):
-            create_and_tag_model_card(repo_id, self.model_tags, token=token).save(card)
-        self._upload_modified_files(folder, repo_id, before, token=token, **kwargs)
 
     def check_exits(self, source, **location: Any) -> None:
         """Check that the exits of a checkpoint sit at the stages of this model's, which shapes alone do not show.
@@ -323,25 +297,3 @@ class MultiExitPreTrainedModel(PreTrainedModel):
                 f"The exits of {source} sit at stages {stored}, those of the model at {self.exit_stages}. Weights of "
                 "exits at other stages do not fit, whatever their shapes: load it with the exits it was saved with."
             )
-
-
-def _check_loaded(source, info: dict[str, Any], ignore_mismatched_sizes: bool) -> None:
-    """Raise ValueError if weights and configuration do not match; ``info`` is transformers' loading info."""
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if missing or unexpected:
-        raise ValueError(
-            f"The weights in {source} do not match its configuration. Missing keys: {shorten(missing)}. Unexpected "
-            f"keys: {shorten(unexpected)}. Load them with the configuration they were saved with."
-        )
-    if info["mismatched_keys"] and not ignore_mismatched_sizes:
-        name, stored, expected = min(info["mismatched_keys"])
-        raise ValueError(
-            f"The weights in {source} have other shapes than the model: {name} is {tuple(stored)} instead of "
-            f"{tuple(expected)} ({len(info['mismatched_keys'])} keys in all). With ignore_mismatched_sizes=True "
-            "they are initialised anew."
-        )
-
-
-def shorten(names: Collection[str]) -> str:
-    """List the first three of many names, with their number."""
-    return f"{', '.join(list(names)[:3]) or 'none'} ({len(names)} in all)"

@@ -1,19 +1,12 @@
-"""Limits for untrusted configurations and checkpoints, checked before memory is allocated.
-
-A model that is too large is refused, and weights are read from safetensors only.
-"""
+"""Limits for the sizes of untrusted configurations, checked before memory is allocated."""
 
 import copy
-import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration import MultiExitConfig
 from .stages import Anatomy
@@ -27,10 +20,6 @@ MAX_TENSORS = 10_000
 # Values that loading may initialise because the checkpoint does not hold them: classifiers for other classes, tables
 # of relative positions. More is refused unless the checkpoint itself is larger.
 MAX_NEW_VALUES = 100_000_000
-
-# The arguments of from_pretrained that say where a file is. Without force_download: transformers downloads again
-# whatever it loads, and these modules read beside it.
-LOCATION_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 _FACTORIES = {torch.empty, torch.full, torch.ones, torch.rand, torch.randn, torch.tensor, torch.zeros}
 
@@ -119,43 +108,3 @@ def check_new_values(model: nn.Module, missing: set[str]) -> None:
             f"{sizes(model.config)}; the largest is {largest}, {' x '.join(map(str, new[largest].shape))}. Load it "
             "with the configuration it was saved with."
         )
-
-
-def check_weights(folder_or_repository: str | os.PathLike, arguments: dict[str, Any]) -> None:
-    """Check that all weights of a checkpoint are in safetensors files of its own folder.
-
-    Args:
-        folder_or_repository: As for ``from_pretrained``.
-        arguments: The other arguments of ``from_pretrained``.
-
-    Raises:
-        OSError: If there is no safetensors file, or its index names other files.
-    """
-    path = os.fspath(folder_or_repository)
-    if os.path.isfile(path):
-        names = [os.path.basename(path)]
-    elif _find(path, SAFE_WEIGHTS_NAME, arguments) is not None:
-        return
-    else:
-        index = _find(path, SAFE_WEIGHTS_INDEX_NAME, arguments)
-        names = []
-        if index is not None:
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file).get("weight_map", {}).values()))
-    foreign = [name for name in names if not name.endswith(".safetensors") or os.path.basename(name) != name]
-    if foreign or not names:
-        found = f"it names {foreign[0]}" if foreign else "it has none"
-        raise OSError(
-            f"{path} must hold its weights as {SAFE_WEIGHTS_NAME}, but {found}. Pickled weights such as "
-            "pytorch_model.bin are never read, because they can run code. Use a checkpoint that was saved with "
-            "save_pretrained."
-        )
-
-
-def _find(path: str, name: str, arguments: dict[str, Any]) -> str | None:
-    """Return the local path of a file of the checkpoint, downloaded if needed; ``None`` if it does not exist."""
-    if variant := arguments.get("variant"):
-        stem, ending = name.rsplit(".", 1)
-        name = f"{stem}.{variant}.{ending}"
-    location = {key: arguments[key] for key in LOCATION_ARGUMENTS if key in arguments}
-    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **location)
