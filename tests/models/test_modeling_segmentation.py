@@ -193,9 +193,9 @@ def test_checkpoint_carries_its_code_and_its_processor(build_segmenter, tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "configuration.MultiExitConfig",
-        "AutoModelForSemanticSegmentation": "segmentation.MultiExitForSemanticSegmentation",
+        "AutoModelForSemanticSegmentation": "modeling_segmentation.MultiExitForSemanticSegmentation",
     }
-    assert {"segmentation.py", "pretrained.py", "bifpn.py", "configuration.py"} <= {
+    assert {"modeling_segmentation.py", "modeling_base.py", "pyramid.py", "configuration.py"} <= {
         path.name for path in tmp_path.iterdir()
     }
     processor = AutoImageProcessor.from_pretrained(tmp_path)
