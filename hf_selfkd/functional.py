@@ -1,4 +1,4 @@
-"""The arithmetic of the methods: pure functions of tensors, each once.
+"""The arithmetic of the methods: pure functions of tensors.
 
 Everything that exponentiates or divides runs in float32, also under autocast. Losses are means per sample, so that
 nothing depends on batch size, gradient accumulation or number of processes; see :mod:`hf_selfkd.models.loss`.
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models.loss import _number, _pixel_mean, _several
 from .models.loss import add as add
+from .models.loss import as_sequence, count_selected, pixel_mean
 from .models.loss import counted_over_processes as counted_over_processes
 from .models.loss import cross_entropy as cross_entropy
 from .models.loss import resize_logits as resize_logits
@@ -28,26 +28,26 @@ def soften_kl(
     """Kullback-Leibler divergence from softened teacher to softened student, times the squared temperature.
 
     ``T^2 * mean_b sum_c p_t (log p_t - log p_s)`` with ``p = softmax(logits / T)`` (Hinton et al. 2015, section 2).
-    The factor keeps the size of the gradient independent of the temperature. The teacher is detached here, so that no
-    method can forget to.
+    The factor makes the scale of the gradient independent of the temperature. The teacher is detached here, for all
+    methods.
 
     Args:
         student_logits: ``(batch, classes)``, or ``(batch, classes, height, width)`` for a mean over pixels; or a
-            sequence of such tensors, whose divergences are added up.
+            sequence of such tensors, whose divergences are summed.
         teacher_logits: Shaped like each student's.
         temperature: Divides both logits, above 0.
-        mask: ``(batch, height, width)``, true for the pixels that count; ``None`` for all.
+        mask: ``(batch, height, width)``, true for the pixels to average over; ``None`` for all.
 
     Returns:
-        A scalar, 0 where both agree.
+        A scalar, 0 if both agree.
     """
     target = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
     probabilities = target.exp()
     divergence = add(
         (probabilities * (target - F.log_softmax(student.float() / temperature, dim=1))).sum(dim=1)
-        for student in _several(student_logits)
+        for student in as_sequence(student_logits)
     )
-    return temperature**2 * (divergence.mean() if mask is None else _pixel_mean(divergence, mask))
+    return temperature**2 * (divergence.mean() if mask is None else pixel_mean(divergence, mask))
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -55,24 +55,24 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.detach().float())
 
 
-def attention_map(stage_map: Tensor) -> Tensor:
-    """Where a map is active: the mean of squares over channels, one unit vector per sample, in float32.
+def attention_map(feature_map: Tensor) -> Tensor:
+    """Attention map of a feature map: the mean of squares over channels, one unit vector per sample, in float32.
 
     ``v / max(|v|, 1e-12)`` with ``v = mean_c F^2`` (Zagoruyko & Komodakis, ICLR 2017, section 3.1).
 
     Args:
-        stage_map: ``(batch, channels, height, width)``.
+        feature_map: ``(batch, channels, height, width)``.
 
     Returns:
-        ``(batch, height * width)``; all zero for a map that is zero.
+        ``(batch, height * width)``; all zero for a feature map that is zero.
     """
-    return F.normalize(stage_map.float().square().mean(dim=1).flatten(1), dim=1)
+    return F.normalize(feature_map.float().square().mean(dim=1).flatten(1), dim=1)
 
 
 def attention_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     """Mean squared difference of two attention maps over samples and pixels, the teacher detached.
 
-    Channels may differ. A map of one pixel is 1 whatever it holds, so its loss is 0.
+    Channels may differ. The attention map of a single pixel is always 1, so its loss is 0.
 
     Args:
         student_map: ``(batch, channels, height, width)``.
@@ -87,8 +87,8 @@ def attention_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 def smooth_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     """Turn class indices ``(batch,)`` into probabilities ``(batch, classes)`` (Szegedy et al. 2016, section 7).
 
-    Probabilities are smoothed further, as after mixup. A row without a label (-100) becomes all zero, which
-    :func:`cross_entropy` counts as no loss.
+    Probabilities, for example after mixup, are smoothed further. A row without a label (-100) becomes all zero, for
+    which :func:`cross_entropy` is 0.
     """
     if not labels.is_floating_point():
         known = (labels != -100).unsqueeze(-1)
@@ -99,15 +99,15 @@ def smooth_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
 def hash_projection(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Project features onto the normals of hash planes: ``W f + b`` (LSH, Wang et al. 2021).
 
-    In float32 also under autocast, where a bit would otherwise hang on the rounding.
+    In float32 also under autocast, where rounding could otherwise flip a bit.
 
     Args:
         features: ``(batch, width)``, not normalised.
-        weight: ``(hashes, width)``, one normal a row.
+        weight: ``(hashes, width)``, one normal per row.
         bias: ``(hashes,)``.
 
     Returns:
-        ``(batch, hashes)``; above 0 on the side of the plane where the bit is 1.
+        ``(batch, hashes)``, above 0 on the side of the plane where the bit is 1.
     """
     with torch.autocast(features.device.type, enabled=False):
         return F.linear(features.float(), weight.float(), bias.float())
@@ -134,40 +134,40 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.detach().float(), reduction="none").mean(dim=1)
 
 
-def is_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Tell for which images the largest logit is that of the label.
+def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return for each image whether its prediction, the largest logit, is the label.
 
     Args:
         logits: ``(batch, classes)``.
-        labels: Class indices ``(batch,)``, or probabilities ``(batch, classes)``, of which the largest counts. Where
-            there is no label (-100, or all probabilities 0) no answer is right.
+        labels: Class indices ``(batch,)``, or probabilities ``(batch, classes)``, whose largest is the label. Without
+            a label (-100, or all probabilities 0) no prediction is correct.
 
     Returns:
         ``(batch,)``, booleans.
     """
-    answers = logits.argmax(dim=1)
+    predictions = logits.argmax(dim=1)
     if not labels.is_floating_point():
-        return answers == labels
-    probabilities = labels.gather(1, answers.unsqueeze(1)).squeeze(1)
+        return predictions == labels
+    probabilities = labels.gather(1, predictions.unsqueeze(1)).squeeze(1)
     return (probabilities == labels.amax(dim=1)) & (probabilities > 0)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of ``values`` ``(batch,)`` where ``mask`` ``(batch,)`` is true; 0 if nowhere, of all if it is ``None``."""
+    """Mean of ``values`` ``(batch,)`` where ``mask`` ``(batch,)`` is true, 0 if nowhere; of all if it is ``None``."""
     if mask is None:
         return values.mean()
-    return (values * mask).sum() / _number(mask)
+    return (values * mask).sum() / count_selected(mask)
 
 
 def median_bias(features: Tensor, weight: Tensor, max_elements: int = 2**26) -> Tensor:
-    """Biases that put each hash plane through the middle of the features: minus the median of ``W f``.
+    """Biases that move each hash plane to the median of the features: minus the median of ``W f``.
 
-    Of an even number of features the lower median, as the authors' code has it.
+    For an even number of features the lower median is taken, as in the authors' code.
 
     Args:
         features: ``(samples, width)``.
         weight: ``(hashes, width)``.
-        max_elements: Largest number of projections held at once; hashes are worked off in chunks.
+        max_elements: Largest number of projections held at once; hashes are processed in chunks.
 
     Returns:
         ``(hashes,)``, in float32.
@@ -185,13 +185,13 @@ def sigmoid_ramp(progress: float) -> float:
     """Rise from ``exp(-5)`` to 1 as ``exp(-5 (1 - progress)^2)``, 1 from there on (Laine & Aila, ICLR 2017).
 
     Args:
-        progress: Share of the ramp that is behind, at least 0.
+        progress: Completed share of the ramp, at least 0.
     """
     return math.exp(-5 * (1 - min(progress, 1)) ** 2)
 
 
-def mix(logits: Sequence[Tensor], gates: Tensor) -> Tensor:
-    """Weigh the logits of several students by a gate per sample.
+def gated_sum(logits: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """Sum the logits of several students, weighted by a gate per student and sample.
 
     Args:
         logits: One tensor ``(batch, classes)`` per student.
@@ -206,9 +206,9 @@ def mix(logits: Sequence[Tensor], gates: Tensor) -> Tensor:
 def gram_overlap(weights: Sequence[Tensor]) -> Tensor:
     """Sum over pairs of classifiers of the Frobenius norm of ``W_j^T W_k``, each ``W`` shaped ``(classes, width)``.
 
-    0 where the columns of all classifiers are orthogonal. Smaller weights make it smaller too.
+    0 if the columns of all classifiers are orthogonal. It also decreases with the weights.
     """
-    with torch.autocast(weights[0].device.type, enabled=False):  # else the product would not be in float32
+    with torch.autocast(weights[0].device.type, enabled=False):  # otherwise the product would not be in float32
         return add(torch.linalg.matrix_norm(a.float().T @ b.float()) for a, b in combinations(weights, 2))
 
 
@@ -220,7 +220,7 @@ def cosine_overlap(weights: Sequence[Tensor]) -> Tensor:
 
 
 def disagreement(logits: Sequence[Tensor]) -> Tensor:
-    """Mean over pairs and samples of the Euclidean distance between softmax outputs, from 0 to the root of 2."""
-    answers = [tensor.float().softmax(dim=1) for tensor in logits]
-    pairs = [torch.linalg.vector_norm(a - b, dim=1).mean() for a, b in combinations(answers, 2)]
+    """Mean over pairs and samples of the Euclidean distance between softmax outputs, in [0, sqrt(2)]."""
+    probabilities = [tensor.float().softmax(dim=1) for tensor in logits]
+    pairs = [torch.linalg.vector_norm(a - b, dim=1).mean() for a, b in combinations(probabilities, 2)]
     return add(pairs) / max(1, len(pairs))

@@ -11,7 +11,7 @@ SHIPPED = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
 ALLOWED = {
     "models": (),
     "functional": ("models.loss",),
-    "methods": ("functional", "models.outputs", "models.pyramid", "models.stages"),
+    "methods": ("functional", "models.did_you_mean", "models.outputs", "models.pyramid", "models.stages"),
     "calibration": ("models",),
     "evaluation": ("models", "calibration"),
     "deploy": ("models", "calibration"),

@@ -1,4 +1,4 @@
-"""Trained models in use: pipelines and files for other runtimes."""
+"""Deployment: pipelines, and export to other runtimes."""
 
 from .export_exit import StaticExit, export_exit
 from .pipeline import EarlyExitPipeline

@@ -1,25 +1,26 @@
-"""One exit of a multi-exit model as a smaller static model, for torch.export and ONNX."""
+"""Export of one exit of a multi-exit model as a smaller static model, by torch.export or as ONNX."""
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models.timm_quirks import copy_module
 
-# ONNX files hold weights up to the 2 GiB that protobuf allows; larger ones get a file of their own beside it.
+# protobuf allows ONNX files of up to 2 GiB; larger weights go to a second file beside it.
 MAX_ONNX_BYTES = 2**31 - 2**20
 
 
 class StaticExit(nn.Module):
-    """A model cut off behind one exit: it holds nothing that lies deeper, and no head but that exit's.
+    """A model up to one exit: without the layers behind it and without the other exits' heads.
 
     Args:
         model: A multi-exit model for classification; it is copied, not changed.
-        exit: Which exit, from 0, shallow to deep; the deepest is the whole backbone.
+        exit: Index of the exit, from 0; the final exit is the complete backbone.
 
     Raises:
         ValueError: If the model has no such exit.
@@ -44,10 +45,10 @@ class StaticExit(nn.Module):
         """Return logits ``(batch, classes)`` for images ``(batch, channels, height, width)``."""
         if self.head is None:
             return self.backbone(pixel_values)
-        (stage_map,) = self.backbone.forward_intermediates(
+        (feature_map,) = self.backbone.forward_intermediates(
             pixel_values, indices=self.indices, intermediates_only=True, stop_early=True
         )
-        return self.head(stage_map)[0]
+        return self.head(feature_map)[0]
 
 
 def export_exit(
@@ -58,26 +59,27 @@ def export_exit(
     format: str = "onnx",
     image_size: int | tuple[int, int] | None = None,
 ) -> Path:
-    """Write one exit as a static model that takes any number of images, and check what was written.
+    """Export one exit as a static model for any batch size, and verify the file.
 
     The file maps ``pixel_values``, ``(batch, channels, height, width)`` in float32, to ``logits``,
-    ``(batch, classes)``. It is run on one image and on three, and its answers compared with those of the model, an
-    ONNX file's with onnxruntime. All that is left out is what timm's ``prune_intermediate_layers`` leaves out.
+    ``(batch, classes)``. It is run on one image and on three (an ONNX file with onnxruntime), and its logits are
+    compared with the model's. The layers behind the exit are removed by timm's ``prune_intermediate_layers``.
 
     Args:
         model: A multi-exit model for classification.
-        exit: Which exit, from 0, shallow to deep.
-        path: Where the file goes; a torch program must end in ``.pt2``.
+        exit: Index of the exit, from 0.
+        path: Path of the file; that of a torch program must end in ``.pt2``.
         format: ``"onnx"``, or ``"torch"`` for what ``torch.export.load`` reads.
-        image_size: Side of the images, or height and width, in pixels; ``None`` for the one the model is meant for.
+        image_size: Side of the images, or height and width, in pixels; ``None`` for
+            ``config.pretrained_cfg["input_size"]``.
 
     Returns:
         The path.
 
     Raises:
         ValueError: If the exit or the format does not exist, or the path has the wrong ending.
-        ImportError: If ONNX is wanted and not installed.
-        RuntimeError: If the file does not answer as the model does.
+        ImportError: If a package for ONNX is not installed.
+        RuntimeError: If the logits of the file differ from the model's.
     """
     writers = {"onnx": _write_onnx, "torch": _write_torch}
     if format not in writers:
@@ -89,15 +91,17 @@ def export_exit(
     static = StaticExit(original, exit)
     channels, height, width = model.config.pretrained_cfg["input_size"]
     if image_size is not None:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = to_2tuple(image_size)
     images = torch.randn(3, channels, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        answer = writers[format](static, images[:2], path)
+        exported = writers[format](static, images[:2], path)
         for batch in (images[:1], images):
             expected = original(batch, output_hidden_states=True).exit_logits[exit]
-            error = (answer(batch) - expected).abs().max().item()
+            error = (exported(batch) - expected).abs().max().item()
             if not error <= 1e-3 * max(1.0, expected.abs().max().item()):
-                raise RuntimeError(f"{path} answers {error:.3g} off what exit {exit} of the model answers.")
+                raise RuntimeError(
+                    f"The logits of {path} differ by {error:.3g} from those of exit {exit} of the model."
+                )
     return path
 
 

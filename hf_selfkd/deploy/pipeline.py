@@ -1,4 +1,4 @@
-"""An image-classification pipeline that says where each image left."""
+"""An image-classification pipeline that reports the exit of each image."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ class EarlyExitPipeline(ImageClassificationPipeline):
     """The stock pipeline, with ``exit_index`` beside every label and score.
 
     Use it as ``pipeline("image-classification", model=folder, pipeline_class=EarlyExitPipeline)`` with a checkpoint
-    that has ``early_exit`` on. Where all exits answered, ``exit_index`` is the deepest.
+    with ``early_exit`` on. Without early exit, ``exit_index`` is the final exit.
     """
 
     def postprocess(self, model_outputs: dict[str, Any], **kwargs) -> list[dict[str, Any]]:
         """Return label, score and exit of the best classes."""
-        deepest = self.model.num_exits - 1
-        exit_index = int(model_outputs["exit_index"]) if "exit_index" in model_outputs else deepest
-        return [answer | {"exit_index": exit_index} for answer in super().postprocess(model_outputs, **kwargs)]
+        final = self.model.num_exits - 1
+        exit_index = int(model_outputs["exit_index"]) if "exit_index" in model_outputs else final
+        return [prediction | {"exit_index": exit_index} for prediction in super().postprocess(model_outputs, **kwargs)]

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -17,19 +18,20 @@ from ..models.hooks import Visitor, run
 
 
 class _Meter(Visitor):
-    """Visitor that lets nobody leave, and reads a meter when an exit has answered and its answers are scored."""
+    """Computes and scores every exit, without letting images exit, and reads a meter after each."""
 
     def __init__(self, model: PreTrainedModel, image_size: tuple[int, int], read: Callable[[], Any]):
+        self.model = model
         self.policy = ExitPolicy(thresholds=[2.0] * (model.num_exits - 1))
-        self.exits = {stage: exit for exit, stage in enumerate(model.exit_stages)}
-        self.answer = partial(model._exit_logits, image_size)
+        self.exit_at = {stage: exit for exit, stage in enumerate(model.exit_stages)}
+        self.image_size = image_size
         self.read = read
         self.readings: list[Any] = []
 
     def on_stage(self, stage: int, output: Any) -> None:
-        if stage in self.exits:
-            exit = self.exits[stage]
-            self.policy.score(exit, self.answer(exit, output))
+        if stage in self.exit_at:
+            exit = self.exit_at[stage]
+            self.policy.score(exit, self.model.logits_at_exit(exit, output, self.image_size))
             self.readings.append(self.read())
 
 
@@ -45,7 +47,7 @@ def _read_at_exits(model: PreTrainedModel, images: Tensor, read: Callable[[], An
 def _image_shape(model: PreTrainedModel, image_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
     channels, height, width = model.config.pretrained_cfg["input_size"]
     if image_size is not None:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = to_2tuple(image_size)
     return channels, height, width
 
 

@@ -1,4 +1,4 @@
-"""Self-distillation methods: one paper, one file, found by being there."""
+"""Self-distillation methods, one file per paper. Importing a file registers its method, and all are imported."""
 
 from importlib import import_module
 from pkgutil import iter_modules

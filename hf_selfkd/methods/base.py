@@ -1,4 +1,4 @@
-"""What a method is: hyper-parameters, the terms of a loss, and what only trains."""
+"""Base class of the methods: hyper-parameters, the terms of a loss, and the modules used only in training."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -14,21 +14,21 @@ _METHODS: dict[str, type["Method"]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way for a network to teach itself. Subclass it in a file of :mod:`hf_selfkd.methods`, or in your own code.
+    """A self-distillation method. Subclass it in a file of :mod:`hf_selfkd.methods`, or in your own code.
 
-    A subclass is a frozen, keyword-only dataclass: its fields are its hyper-parameters, their defaults the paper's. It
-    is registered under ``name`` as soon as it is defined, unless with ``class ...(Method, registered=False)``.
+    A subclass is a frozen, keyword-only dataclass: its fields are its hyper-parameters, with the paper's values as
+    defaults. Defining it registers it under ``name``, except as ``class ...(Method, registered=False)``.
 
     Attributes:
-        name: What ``get_method`` and the command line call it.
-        paper: Where it is defined, a URL.
-        detach_exits: Whether auxiliary exits read detached maps, because the paper knows no exits: the backbone then
-            learns as without them. The trainer adds their label loss as the term ``exits``. A property where it
+        name: Its name in ``get_method`` and on the command line.
+        paper: URL of the paper that defines it.
+        detach_exits: Whether auxiliary exits read detached feature maps, because the paper has no exits: the backbone
+            then trains as without them. The trainer adds their label loss as the term ``exits``. A property if it
             depends on a hyper-parameter.
-        reads_maps: Whether the loss itself reads ``output.exit_maps`` or ``output.stage_outputs``. Where it does not,
-            they are left out behind the scaffold, because mixed precision copies everything that a model returns.
-        min_exits: Exits the method needs, the deepest included.
-        tasks: Which models it can train, by their ``task``.
+        reads_maps: Whether the loss itself reads ``output.exit_maps`` or ``output.stage_outputs``. Otherwise they are
+            removed from the output after the scaffold, because mixed precision copies everything a model returns.
+        min_exits: Number of exits that the method needs, the final exit included.
+        tasks: The tasks it can train, as in ``model.task``.
     """
 
     name: ClassVar[str]
@@ -43,23 +43,23 @@ class Method:
         if not registered:
             return
         taken_by = _METHODS.get(cls.name, cls)
-        # The same class may come again: its module was reloaded, or its notebook cell run anew.
+        # The same class may be defined again, by a reloaded module or a notebook cell.
         if (taken_by.__module__, taken_by.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"Method name '{cls.name}' is taken by {taken_by.__module__}.{taken_by.__qualname__}.")
         _METHODS[cls.name] = cls
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return the terms of the loss, scalars that already carry their weights.
+        """Return the weighted terms of the loss, all scalars.
 
         Args:
-            output: The model's answer, in training mode.
+            output: The output of the model in training mode.
             labels: Class indices ``(batch,)``, or probabilities ``(batch, classes)``.
             epoch: Progress of the run in epochs, a float as in ``TrainerState``.
         """
         raise TypeError(f"{type(self).__name__} must define __call__(output, labels, epoch).")
 
     def scaffold(self, model: nn.Module) -> nn.Module | None:
-        """Return what only trains, such as a self-teacher, or ``None``.
+        """Return the module that is used only in training, such as a self-teacher, or ``None``.
 
         The module is called as ``scaffold(pixel_values, output)`` at the end of ``model.forward`` in training and
         returns a dictionary, which becomes ``output.scaffold``.
@@ -67,22 +67,22 @@ class Method:
         return None
 
     def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:
-        """Return scalars that are worth watching and no part of the loss; the trainer logs their means."""
+        """Return scalars to monitor that are not part of the loss; the trainer logs their means."""
         return {}
 
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Set up the scaffold from the training data, once before the first step of a fresh run.
+        """Initialise the scaffold from the training data, once before the first step of a new run.
 
-        Called in eval mode and without gradient; ``batches`` are this process's training batches and may be gone
-        through more than once. The result must be equal on all processes.
+        Called in eval mode and without gradients; ``batches`` are this process's training batches and can be iterated
+        more than once. The result must be equal on all processes.
         """
 
     def attach(self, model: nn.Module) -> None:
-        """Make a model ready to train with this method: all that a training loop needs before its first step.
+        """Prepare a model for training with this method, before the first step of a training loop.
 
-        Checks the model, builds the scaffold, and sets what exits read and what the model returns. Of a wrapped model
-        (PEFT, ``torch.compile``, data parallel) this happens to the multi-exit model inside. Build the optimizer
-        afterwards, so that it holds the parameters of the scaffold. :meth:`detach` undoes it.
+        Checks the model, builds the scaffold, and sets ``detach_exits`` and ``returns_maps``. In a wrapped model
+        (PEFT, ``torch.compile``, data parallel) the multi-exit model inside is prepared. Build the optimizer
+        afterwards, so that it includes the parameters of the scaffold. :meth:`detach` reverts it.
 
         Args:
             model: A multi-exit model.
@@ -97,14 +97,14 @@ class Method:
         model.returns_maps = self.reads_maps
 
     def detach(self, model: nn.Module) -> None:
-        """Take off what :meth:`attach` put on: the model is as it was built."""
+        """Revert :meth:`attach`."""
         model = multi_exit_model(model)
         model.scaffold, model.detach_exits, model.returns_maps = None, False, True
 
     def terms(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return all terms of the loss: those of the method, and ``exits`` for exits that read detached maps.
+        """Return all terms of the loss: those of the method, and ``exits`` for exits that read detached feature maps.
 
-        The sum is what a training loop minimises. Takes what :meth:`__call__` takes.
+        A training loop minimises their sum. Arguments as in :meth:`__call__`.
         """
         terms = self(output, labels, epoch)
         if self.leaves_out_exits(output):
@@ -112,7 +112,7 @@ class Method:
         return terms
 
     def detaches_exits(self, scaffold: nn.Module | None) -> bool:
-        """Whether auxiliary exits read detached maps, given the scaffold."""
+        """Whether auxiliary exits read detached feature maps, given the scaffold."""
         return self.detach_exits
 
     def leaves_out_exits(self, output: MultiExitOutput) -> bool:
@@ -125,12 +125,12 @@ class Method:
             able = sorted(name for name, method in _METHODS.items() if model.task in method.tasks)
             raise ValueError(
                 f"{type(self).__name__} trains models for {' and '.join(self.tasks)}, but {type(model).__name__} is "
-                f"one for {model.task}. For that use {', '.join(able)}."
+                f"one for {model.task}. Methods for {model.task}: {', '.join(able)}."
             )
         if model.num_exits < self.min_exits:
             raise ValueError(
                 f"{type(self).__name__} needs at least {self.min_exits} exits, but the model has {model.num_exits}. "
-                "Give exits such as [1, 2, 3] when you build it."
+                "Build it with exits, such as exits=[1, 2, 3]."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Method:
 
 
 def multi_exit_model(model: nn.Module) -> nn.Module:
-    """Return the multi-exit model in a module that may wrap it.
+    """Return the multi-exit model inside a module that may wrap it.
 
     Raises:
         ValueError: If there is none.
@@ -147,7 +147,7 @@ def multi_exit_model(model: nn.Module) -> nn.Module:
     found = next((module for module in model.modules() if hasattr(module, "exit_stages")), None)
     if found is None:
         raise ValueError(
-            f"A multi-exit model is needed, but got {type(model).__name__}. Build one with "
+            f"Expected a multi-exit model, but got {type(model).__name__}. Build one with "
             "MultiExitForImageClassification.from_backbone."
         )
     return found
@@ -164,3 +164,11 @@ def check_range(method: Method, name: str, low: float, high: float | None = None
     else:
         wanted = f"{low:g} {'<' if strict else '<='} {name} <= {high:g}"
     raise ValueError(f"{type(method).__name__} needs {wanted}, but got {name}={value!r}.")
+
+
+def missing_scaffold(method: Method, missing: str) -> ValueError:
+    """Return the error for an output that lacks what the method's scaffold returns."""
+    return ValueError(
+        f"{type(method).__name__} was called without {missing}. Train with SelfDistillationTrainer, or set "
+        "model.scaffold = method.scaffold(model)."
+    )

@@ -1,4 +1,4 @@
-"""Be Your Own Teacher: every exit learns from the labels and from the deepest exit."""
+"""Be Your Own Teacher: every exit learns from the labels and from the final exit."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,11 +15,12 @@ class BYOT(Method):
     """Be Your Own Teacher (Zhang et al., ICCV 2019): https://arxiv.org/abs/1905.08094.
 
     Args:
-        alpha: Share of each shallow exit's logit loss that comes from the deepest exit, in [0, 1].
-        temperature: Softens both sets of logits, above 0. Its square multiplies the divergence, which the authors'
-            journal code leaves out and the best public reproduction has.
+        alpha: Share of each auxiliary exit's logit loss that comes from the final exit, in [0, 1].
+        temperature: Softens both sets of logits, above 0. Its square multiplies the divergence, as in the best public
+            reproduction; the authors' journal code omits it.
         hint_weight: Weight of the feature hint, at least 0. The paper sums squared errors; we average them, so that
-            the weight does not depend on batch size or feature width. 0.03 on the mean is near what others chose.
+            the weight does not depend on batch size or feature width. 0.03 on the mean is close to the values of
+            other implementations.
     """
 
     name: ClassVar[str] = "byot"
@@ -36,13 +37,13 @@ class BYOT(Method):
         check_range(self, "hint_weight", 0)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label``, ``logit`` and ``hint``: the three losses of section 3.2. The deepest exit is the teacher.
+        """Return ``label``, ``logit`` and ``hint``: the three losses of section 3.2. The final exit is the teacher.
 
         It learns from the labels alone, with weight 1.
         """
-        *shallow_logits, deep_logits = output.exit_logits
-        *shallow_features, deep_features = output.exit_features
-        label = cross_entropy(deep_logits, labels) + (1 - self.alpha) * cross_entropy(shallow_logits, labels)
-        logit = self.alpha * soften_kl(shallow_logits, deep_logits, self.temperature)
-        hint = self.hint_weight * add(mse(features, deep_features) for features in shallow_features)
+        *early_logits, final_logits = output.exit_logits
+        *early_features, final_features = output.exit_features
+        label = cross_entropy(final_logits, labels) + (1 - self.alpha) * cross_entropy(early_logits, labels)
+        logit = self.alpha * soften_kl(early_logits, final_logits, self.temperature)
+        hint = self.hint_weight * add(mse(features, final_features) for features in early_features)
         return {"label": label, "logit": logit, "hint": hint}

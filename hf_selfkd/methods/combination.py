@@ -1,4 +1,4 @@
-"""Several methods at once: their terms side by side, each under its method's name."""
+"""Combinations of methods: the terms of all of them, each under its method's name."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,13 +12,13 @@ from .base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class Combination(Method, registered=False):
-    """Several methods at once, what ``get_method("eed+lsh")`` gives.
+    """A combination of methods, as ``get_method("eed+lsh")`` returns it.
 
-    Terms are called ``eed/logit``, ``lsh/hash`` and so on. Labels are learned as the first method has it: the term
+    Terms are named ``eed/logit``, ``lsh/hash`` and so on. The label loss is that of the first method; the term
     ``label`` of the others is left out.
 
     Args:
-        methods: The methods, all of different names.
+        methods: The methods, all with different names.
     """
 
     methods: tuple[Method, ...]
@@ -30,22 +30,22 @@ class Combination(Method, registered=False):
 
     @property
     def paper(self) -> str:
-        """Where the methods are defined, URLs joined by commas."""
+        """The URLs of the methods' papers, joined by commas."""
         return ", ".join(method.paper for method in self.methods)
 
     @property
     def detach_exits(self) -> bool:
-        """Only if no method needs the exits' gradients."""
+        """True if no method needs the exits' gradients."""
         return all(method.detach_exits for method in self.methods)
 
     @property
     def reads_maps(self) -> bool:
-        """If any method does."""
+        """True if any method reads them."""
         return any(method.reads_maps for method in self.methods)
 
     @property
     def min_exits(self) -> int:
-        """Exits that the most demanding method needs."""
+        """The largest number of exits that one of the methods needs."""
         return max(method.min_exits for method in self.methods)
 
     def check(self, model: nn.Module) -> None:
@@ -54,13 +54,13 @@ class Combination(Method, registered=False):
             method.check(model)
 
     def scaffold(self, model: nn.Module) -> "Scaffolds | None":
-        """Return the methods' scaffolds under their names, ``None`` if there are none."""
+        """Return the methods' scaffolds by name, ``None`` if there are none."""
         scaffolds = {method.name: method.scaffold(model) for method in self.methods}
         scaffolds = {name: scaffold for name, scaffold in scaffolds.items() if scaffold is not None}
         return Scaffolds(scaffolds) if scaffolds else None
 
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Let each method prepare its own scaffold, which it finds in its usual place."""
+        """Prepare the scaffold of each method, with ``model.scaffold`` set to it."""
         scaffolds = model.scaffold
         try:
             for method in self.methods:
@@ -79,15 +79,15 @@ class Combination(Method, registered=False):
         return terms
 
     def detaches_exits(self, scaffold: "Scaffolds | None") -> bool:
-        """Only if no method needs the exits' gradients."""
+        """True if no method needs the exits' gradients."""
         return all(method.detaches_exits(_part(scaffold, method)) for method in self.methods)
 
     def leaves_out_exits(self, output: MultiExitOutput) -> bool:
-        """If the first method does, whose label loss is the one that stays."""
+        """True if the first method does, because its label loss is the one that is kept."""
         return self.methods[0].leaves_out_exits(_output_for(self.methods[0], output))
 
     def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:
-        """Return what each method watches, each under its method's name."""
+        """Return the metrics of all methods, each under its method's name."""
         return {
             f"{method.name}/{name}": value
             for method in self.methods
@@ -103,15 +103,15 @@ class Combination(Method, registered=False):
 
 
 class Scaffolds(nn.ModuleDict):
-    """Scaffolds of several methods under their names."""
+    """Scaffolds of several methods by name."""
 
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, dict]:
-        """Call each; the results lie under the methods' names too."""
+        """Call each and return the results by name."""
         return {name: scaffold(pixel_values, output) for name, scaffold in self.items()}
 
 
 def _part(scaffolds: Any, method: Method) -> Any:
-    """Return what belongs to a method, ``None`` where it has no scaffold."""
+    """Return the part of a method, ``None`` if it has no scaffold."""
     return scaffolds[method.name] if scaffolds is not None and method.name in scaffolds else None
 
 

@@ -1,4 +1,4 @@
-"""Deep supervision: every exit learns from the labels, and from nothing else."""
+"""Deep supervision: every exit learns from the labels alone."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,8 +14,8 @@ from .base import Method
 class DeepSupervision(Method):
     """Deeply-Supervised Nets (Lee et al., AISTATS 2015): https://arxiv.org/abs/1409.5185.
 
-    All exits weigh the same and nothing decays, as in BYOT's and EED's ablations; the paper fades its companion
-    losses out.
+    All exits have the same, constant weight, as in the ablations of BYOT and EED; the paper decays its companion
+    losses.
     """
 
     name: ClassVar[str] = "deep_supervision"
@@ -24,5 +24,5 @@ class DeepSupervision(Method):
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label``, the cross-entropies of all exits added up."""
+        """Return ``label``, the sum of the cross-entropies of all exits."""
         return {"label": cross_entropy(output.exit_logits, labels)}

@@ -1,4 +1,4 @@
-"""Exit-Ensemble Distillation: the mean of all exits teaches every exit, the deepest included."""
+"""Exit-Ensemble Distillation: the mean of all exits teaches every exit, the final exit included."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class EED(Method):
 
     Args:
         output_loss: ``"mse"`` on raw logits, the authors' default, or ``"kl"`` on softened ones. A constant added to
-            all logits of an image changes the first and not the second.
+            all logits of an image changes the first, not the second.
         output_weight: Weight of that loss, at least 0; ``None`` is the authors': 1 for ``"mse"``, 0.1 for ``"kl"``.
         feature_weight: Weight of the mean squared error between features, at least 0.
         temperature: Softens both sets of logits for ``"kl"``, above 0.
@@ -41,7 +41,7 @@ class EED(Method):
         check_range(self, "temperature", 0, strict=True)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label``, ``logit`` and ``feature``, each added up over all exits (section 3)."""
+        """Return ``label``, ``logit`` and ``feature``, each summed over all exits (section 3)."""
         ensemble_logits = _mean(output.exit_logits)
         ensemble_features = _mean(output.exit_features)
         label = cross_entropy(output.exit_logits, labels)
@@ -56,5 +56,5 @@ class EED(Method):
 
 
 def _mean(exits: Sequence[Tensor]) -> Tensor:
-    # Not the mean of a stack: that would copy all of them first.
+    # Not the mean of a stack, which would first copy all of them.
     return add(tensor.detach().float() for tensor in exits) / len(exits)

@@ -1,4 +1,4 @@
-"""Refine Myself by Teaching Myself: a feature pyramid on the network's own maps teaches it, and is dropped."""
+"""Refine Myself by Teaching Myself: a feature pyramid on the network's own feature maps is its teacher in training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl
 from ..models.outputs import MultiExitOutput
 from ..models.pyramid import BiFPN, PyramidHead, SegmentationPyramid
-from ..models.stages import deepest_resolutions
-from .base import Method, check_range
+from ..models.stages import choose_stages
+from .base import Method, check_range, missing_scaffold
 
 # The authors' values: their command line for CIFAR-100, their code for VOC.
 _CLASSIFICATION = {"alpha": 2.0, "beta": 100.0, "temperature": 4.0, "ramp_start": None, "ramp_end": None}
@@ -20,12 +20,12 @@ _SEGMENTATION = {"alpha": 1.0, "beta": 50.0, "temperature": 1.0, "ramp_start": 4
 
 
 class SelfTeacher(nn.Module):
-    """For classification: BiFPNc and a classifier on its deepest map (FRSKD, section 3.1).
+    """For classification: BiFPNc and a classifier on its last feature map (FRSKD, section 3.1).
 
     Args:
-        channels: Channels of the stages it reads, shallow to deep.
+        channels: Channels of the stages it reads, first to last.
         stages: Indices of these stages.
-        width_multiplier: Width of its levels over ``channels``.
+        width_multiplier: Width of its levels divided by ``channels``.
         num_labels: Number of classes.
     """
 
@@ -39,7 +39,7 @@ class SelfTeacher(nn.Module):
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor | tuple[Tensor, ...]]:
         """Return ``logits`` ``(batch, classes)``, ``teacher_maps`` and the ``student_maps`` they refine.
 
-        The maps that come in are not detached: what the self-teacher learns from the labels reaches the backbone.
+        The feature maps are not detached: the gradient of the self-teacher's label loss reaches the backbone.
         """
         student_maps = tuple(output.exit_maps[stage] for stage in self.stages)
         teacher_maps = self.pyramid(student_maps)
@@ -48,7 +48,7 @@ class SelfTeacher(nn.Module):
 
 
 class SegmentationSelfTeacher(nn.Module):
-    """For segmentation: two more layers on the network's own pyramid and a second head (FRSKD, section 4.3).
+    """For segmentation: two more layers on the network's own pyramid, and a second head (FRSKD, section 4.3).
 
     Args:
         width: Channels of the pyramid.
@@ -62,9 +62,9 @@ class SegmentationSelfTeacher(nn.Module):
         self.head = PyramidHead(width, num_levels, num_labels)
 
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor | tuple[Tensor, ...]]:
-        """Return what :class:`SelfTeacher` returns, ``logits`` being ``(batch, classes, height, width)``."""
+        """Return the same as :class:`SelfTeacher`, with ``logits`` ``(batch, classes, height, width)``."""
         teacher_maps = self.pyramid(output.exit_maps)
-        height, width = output.logits.shape[-2:]  # the maps may be larger, because the image was padded
+        height, width = output.logits.shape[-2:]  # the feature maps may be larger, because the image was padded
         logits = self.head(teacher_maps)[..., :height, :width]
         return {"logits": logits, "teacher_maps": teacher_maps, "student_maps": output.exit_maps}
 
@@ -73,25 +73,25 @@ class SegmentationSelfTeacher(nn.Module):
 class FRSKD(Method):
     """Refine Myself by Teaching Myself (Ji et al., CVPR 2021): https://arxiv.org/abs/2103.08273.
 
-    The self-teacher reads the last stage of each of the four deepest resolutions of a hierarchical backbone (of a
-    ResNet its four stages, without the stem), and the stages after each quarter of an isotropic one. In segmentation
-    it reads all levels of the pyramid.
+    The self-teacher reads the stages that :func:`~hf_selfkd.models.stages.choose_stages` chooses (for a ResNet its
+    four stages, without the stem), in segmentation all levels of the pyramid.
 
     Hyper-parameters left at ``None`` are the authors': for classification those for CIFAR-100, for segmentation those
     for VOC.
 
     Args:
         alpha: Weight of the soft labels, at least 0; ``None`` is 2, for segmentation 1.
-        beta: Weight of the attention loss, at least 0; ``None`` is 100, for segmentation 50. It belongs to the mean
-            over pixels of the authors' code; the paper writes a norm.
+        beta: Weight of the attention loss, at least 0; ``None`` is 100, for segmentation 50. It applies to the mean
+            over pixels, as in the authors' code; the paper writes a norm.
         temperature: Softens both sets of logits, above 0; ``None`` is 4, for segmentation 1. Its square multiplies the
             divergence, as in their code.
-        ramp_start: Epoch before which nothing is distilled, at least 0; ``None`` is no ramp, for segmentation 40.
-        ramp_end: Epoch from which all is distilled, above ``ramp_start``; ``None`` is no ramp, for segmentation 60,
-            the end of the authors' run.
-        width_multiplier: Width of the self-teacher's levels over that of the stages, above 0; in segmentation they are
-            as wide as the pyramid.
-        mask_void: In segmentation, whether unlabelled pixels are left out of the soft labels. The authors' code counts
+        ramp_start: Epoch before which the distillation terms are 0, at least 0; ``None`` is no ramp, for segmentation
+            40.
+        ramp_end: Epoch from which they have their full weight, above ``ramp_start``; ``None`` is no ramp, for
+            segmentation 60, the end of the authors' run.
+        width_multiplier: Width of the self-teacher's levels divided by that of the stages, above 0; in segmentation
+            they are as wide as the pyramid.
+        mask_void: In segmentation, whether ignored pixels are left out of the soft labels. The authors' code includes
             them.
     """
 
@@ -129,23 +129,20 @@ class FRSKD(Method):
         if model.task == "image-segmentation":
             return SegmentationSelfTeacher(model.config.pyramid_width, model.num_levels, num_labels)
         stages = model.anatomy.stages
-        levels = _choose_stages([stage.size for stage in stages])
+        levels = choose_stages(stages, include_last=True)
         channels = [stages[level].channels for level in levels]
         return SelfTeacher(channels, levels, self.width_multiplier, num_labels)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
         """Return ``label``, ``teacher``, ``logit`` and ``attention``: the losses of section 3.2.
 
-        ``teacher`` is the self-teacher's label loss. The last two never update it.
+        ``teacher`` is the label loss of the self-teacher, which gets no gradient from the last two.
 
         Raises:
             ValueError: If ``output`` comes from a model without the self-teacher.
         """
         if output.scaffold is None:
-            raise ValueError(
-                "FRSKD was called without its self-teacher. Train with SelfDistillationTrainer, "
-                "or set model.scaffold = method.scaffold(model)."
-            )
+            raise missing_scaffold(self, "its self-teacher")
         logits, teacher_logits = output.exit_logits[-1], output.scaffold["logits"]
         alpha, beta, temperature, ramp_start, ramp_end = (
             default if getattr(self, name) is None else getattr(self, name)
@@ -158,9 +155,9 @@ class FRSKD(Method):
             mask = labels != -100 if self.mask_void else None
         ramp = 1.0 if ramp_start is None else _ramp(epoch, ramp_start, ramp_end)
         terms = {"label": cross_entropy(logits, labels), "teacher": cross_entropy(teacher_logits, labels)}
-        if ramp == 0:  # no parameter depends on the other two alone, and of large maps they would cost much
-            nothing = logits.new_zeros((), dtype=torch.float32)
-            return terms | {"logit": nothing, "attention": nothing}
+        if ramp == 0:  # no parameter depends on the other two alone, and for large feature maps they are expensive
+            zero = logits.new_zeros((), dtype=torch.float32)
+            return terms | {"logit": zero, "attention": zero}
         maps = zip(output.scaffold["student_maps"], output.scaffold["teacher_maps"], strict=True)
         return terms | {
             "logit": ramp * alpha * soften_kl(logits, teacher_logits, temperature, mask),
@@ -169,11 +166,5 @@ class FRSKD(Method):
 
 
 def _ramp(epoch: float, start: float, end: float) -> float:
-    # By whole epochs, as the authors' code counts them: the first one of the ramp is behind when it starts.
+    # In complete epochs, as in the authors' code, where the first epoch of the ramp already counts as completed.
     return sigmoid_ramp((floor(epoch) + 1 - start) / (end - start)) if floor(epoch) >= start else 0.0
-
-
-def _choose_stages(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    if len(set(sizes)) == 1:
-        return sorted({max(0, round(len(sizes) * quarter / 4) - 1) for quarter in (1, 2, 3, 4)})
-    return deepest_resolutions(sizes)

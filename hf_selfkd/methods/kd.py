@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..functional import cross_entropy, soften_kl
 from ..models.outputs import MultiExitOutput
-from .base import Method, check_range
-from .teacher import Teacher, missing_scaffold
+from .base import Method, check_range, missing_scaffold
+from .teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +17,12 @@ class KD(Method):
 
     Args:
         teacher: A timm model, multi-exit model or transformers image classifier, or the name of one: a folder, a Hub
-            repository, or a timm name, whose weights are fetched. It is frozen, sees the same images as the student,
-            and is not saved with it.
-        alpha: Share of each exit's loss that comes from the teacher, in [0, 1]. The paper says only that labels should
-            weigh considerably less; 0.9 is what comparisons on CIFAR have used since.
+            repository, or a timm name, whose weights are downloaded. It is frozen, gets the same images as the
+            student, and is not saved with it.
+        alpha: Share of each exit's loss that comes from the teacher, in [0, 1]. The paper only says that labels should
+            have a considerably lower weight; 0.9 is the usual value in comparisons on CIFAR.
         temperature: Softens both sets of logits, above 0; its square multiplies the divergence. The paper tries 1 to
-            20; 4 is what goes with that ``alpha``.
+            20; 4 is the usual value with that ``alpha``.
     """
 
     name: ClassVar[str] = "kd"
@@ -46,12 +46,12 @@ class KD(Method):
         return Teacher(self.teacher, model).to(model.device)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label`` and ``logit``, the two objectives of section 2, each added up over all exits.
+        """Return ``label`` and ``logit``, the two objectives of section 2, each summed over all exits.
 
         ``output.scaffold`` must hold ``teacher_logits`` ``(batch, classes)``.
         """
         if output.scaffold is None:
-            raise missing_scaffold(self, "its teacher's answer")
+            raise missing_scaffold(self, "the logits of its teacher")
         teacher_logits = output.scaffold["teacher_logits"]
         label = (1 - self.alpha) * cross_entropy(output.exit_logits, labels)
         logit = self.alpha * soften_kl(output.exit_logits, teacher_logits, self.temperature)

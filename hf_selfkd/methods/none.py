@@ -1,4 +1,4 @@
-"""No distillation: the label loss of the deepest exit alone, the baseline."""
+"""No distillation: the label loss of the final exit alone, the baseline."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from .base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class NoDistillation(Method):
-    """The plain network. Its exits, if any, learn from detached maps and leave the backbone alone."""
+    """The plain network. Its exits, if any, learn from detached feature maps and do not influence the backbone."""
 
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "https://arxiv.org/abs/1512.03385"
@@ -20,5 +20,5 @@ class NoDistillation(Method):
     tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label``, the cross-entropy of the deepest exit."""
+        """Return ``label``, the cross-entropy of the final exit."""
         return {"label": cross_entropy(output.exit_logits[-1], labels)}

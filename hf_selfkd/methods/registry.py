@@ -1,10 +1,10 @@
-"""Methods by their names: alone, and several at once."""
+"""Methods and combinations of methods by their names."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from ..models.did_you_mean import did_you_mean
 from .base import _METHODS, Method
 from .combination import Combination
 
@@ -19,7 +19,7 @@ def get_method(name: str, **hyper_parameters) -> Method:
 
     Args:
         name: One of :func:`list_methods`, or several joined as in ``"eed+lsh"``.
-        hyper_parameters: Fields of the method; what is left out keeps the paper's value. Of several methods, a
+        hyper_parameters: Fields of the method; the others keep the paper's values. For several methods, a
             dictionary for each: ``get_method("eed+lsh", lsh={"mimic_weight": 5.0})``.
 
     Raises:
@@ -32,25 +32,22 @@ def get_method(name: str, **hyper_parameters) -> Method:
     if "+" in name:
         return combine(name.split("+"), hyper_parameters)
     if name not in _METHODS:
-        raise ValueError(f"Unknown method '{name}'.{_near(name, _METHODS)} Available: {', '.join(list_methods())}.")
+        raise ValueError(
+            f"Unknown method '{name}'.{did_you_mean(name, _METHODS)} Available: {', '.join(list_methods())}."
+        )
     method = _METHODS[name]
     check_hyper_parameters(method.__name__, hyper_parameters, [field.name for field in fields(method)])
     return method(**hyper_parameters)
 
 
 def check_hyper_parameters(owner: str, given: Iterable[str], known: list[str]) -> None:
-    """Raise ValueError if ``owner`` has no hyper-parameter of a name that was given."""
+    """Raise ValueError if a given name is not a hyper-parameter of ``owner``."""
     for name in given:
         if name not in known:
             raise ValueError(
-                f"{owner} has no hyper-parameter '{name}'.{_near(name, known)} "
+                f"{owner} has no hyper-parameter '{name}'.{did_you_mean(name, known)} "
                 f"Available: {', '.join(known) or 'none'}."
             )
-
-
-def _near(word: str, words: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, words, n=1)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def combine(names: list[str], hyper_parameters: dict[str, dict[str, Any]]) -> Combination:
@@ -61,11 +58,11 @@ def combine(names: list[str], hyper_parameters: dict[str, dict[str, Any]]) -> Co
         hyper_parameters: For each name, the fields that differ from the paper's values.
 
     Raises:
-        ValueError: If a name comes twice, is unknown or has no such hyper-parameter.
+        ValueError: If a name is repeated or unknown, or has no such hyper-parameter.
     """
     joined = "+".join(names)
     if len(set(names)) < len(names):
-        raise ValueError(f"A combination names each method once, but got '{joined}'.")
+        raise ValueError(f"A combination takes each method once, but got '{joined}'.")
     check_hyper_parameters(joined, hyper_parameters, names)
     for name, given in hyper_parameters.items():
         if not isinstance(given, dict):

@@ -1,6 +1,5 @@
-"""A frozen teacher inside a scaffold: another network that answers for the same images."""
+"""A frozen teacher inside a scaffold: another network that processes the same images."""
 
-import difflib
 import json
 import os
 import threading
@@ -12,11 +11,13 @@ from timm.models import parse_model_name
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from ..models.did_you_mean import did_you_mean
 from ..models.outputs import MultiExitOutput
 
 
-# What enters the classifier of the teacher that is running in this thread. Not on the teacher: that would break
-# pickle and let two threads see each other's images.
+# The inputs of the classifier of the teacher that is running in this thread. Not an attribute of the teacher: that
+# would break pickle, and two threads would see each other's images. Not the visitor of models.hooks either: a teacher
+# need not be a timm model, and the visitor of a multi-exit teacher would keep the outputs of all its stages in memory.
 class _Active(threading.local):
     def __init__(self):  # called in every thread; without a value torch.compile would compile twice
         self.features: list[Tensor] | None = None
@@ -26,21 +27,21 @@ _active = _Active()
 
 
 class Teacher(nn.Module):
-    """A network that teaches and never learns: in eval mode also under ``train()``, without gradient, never saved.
+    """A frozen network: in eval mode also under ``train()``, without gradients, never saved.
 
-    It sees the student's images, in the precision of the run, so it must be meant for their size and normalisation.
-    Of a multi-exit model the deepest exit teaches.
+    It gets the student's images, in the precision of the run, so it must accept their size and normalisation. Of a
+    multi-exit model the final exit is the teacher.
 
     Args:
         teacher: A timm model, multi-exit model or transformers image classifier, which is frozen; or a string: a
-            folder, a Hub repository (``owner/name``), or a timm name, whose weights are fetched.
+            folder, a Hub repository (``owner/name``), or a timm name, whose weights are downloaded.
         model: The student, a multi-exit model.
-        with_features: Whether what enters the classifier is wanted too.
+        with_features: Whether to return the features that enter the classifier, too.
 
     Raises:
         TypeError: If ``teacher`` is none of these.
         ValueError: If nothing of that name exists, the teacher has other classes than the student or shares weights
-            with it, or features are wanted and the teacher has more than one classifier.
+            with it, or ``with_features`` is set and the teacher has more than one classifier.
     """
 
     def __init__(self, teacher: nn.Module | str, model: nn.Module, *, with_features: bool = False):
@@ -49,11 +50,11 @@ class Teacher(nn.Module):
         num_classes = _num_classes(network)
         if num_classes != model.config.num_labels:
             raise ValueError(
-                f"The teacher knows {num_classes} classes, but the model has {model.config.num_labels}. "
+                f"The teacher has {num_classes} classes, but the model has {model.config.num_labels}. "
                 "Give a teacher that was trained on the classes of the data."
             )
         if set(network.parameters()) & set(model.parameters()):
-            raise ValueError("The teacher shares weights with the model that is to learn. Give a copy of it.")
+            raise ValueError("The teacher shares weights with the model in training. Give a copy of it.")
         self.network = _core(network).requires_grad_(False).eval()
         self.with_features = with_features
         self.num_features = 0
@@ -61,11 +62,11 @@ class Teacher(nn.Module):
             layers = final_layers(network)
             if len(layers) != 1:
                 raise ValueError(
-                    f"The teacher's features are what enters its final linear layer, but {type(network).__name__} has "
-                    f"{len(layers)} of them. Choose a teacher with one linear classifier."
+                    f"The teacher's features are the inputs of its final linear layer, but {type(network).__name__} "
+                    f"has {len(layers)} of them. Choose a teacher with one linear classifier."
                 )
             self.num_features = layers[0].weight.shape[1]
-            if _report not in layers[0]._forward_pre_hooks.values():  # the same teacher may teach another run
+            if _report not in layers[0]._forward_pre_hooks.values():  # the same teacher may be used in another run
                 layers[0].register_forward_pre_hook(_report)
 
     def train(self, mode: bool = True):
@@ -73,12 +74,12 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def state_dict(self, *args, destination: dict[str, Any] | None = None, **kwargs) -> dict[str, Any]:
-        """Return nothing: a teacher comes from where it came from, not from the student's checkpoint."""
+        """Return nothing: a teacher is loaded from its source, not from the student's checkpoint."""
         return {} if destination is None else destination
 
     @torch.no_grad()
-    def answer(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Return ``teacher_logits`` ``(batch, classes)`` and, if wanted, ``teacher_features`` ``(batch, width)``."""
+    def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Return ``teacher_logits`` ``(batch, classes)`` and optionally ``teacher_features`` ``(batch, width)``."""
         pixel_values = pixel_values.to(next(self.network.parameters()).dtype)
         previous, _active.features = _active.features, []
         try:
@@ -86,18 +87,18 @@ class Teacher(nn.Module):
             features = _active.features
         finally:
             _active.features = previous
-        answer = {"teacher_logits": output if isinstance(output, Tensor) else output.logits}
-        return answer | ({"teacher_features": features[-1].flatten(1)} if self.with_features else {})
+        predicted = {"teacher_logits": output if isinstance(output, Tensor) else output.logits}
+        return predicted | ({"teacher_features": features[-1].flatten(1)} if self.with_features else {})
 
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor]:
-        """Answer for the images that the student has just answered for; see :meth:`answer`."""
-        answer = self.answer(pixel_values)
-        if answer["teacher_logits"].shape != output.logits.shape:
+        """Predict for the images that the student has just processed; see :meth:`predict`."""
+        predicted = self.predict(pixel_values)
+        if predicted["teacher_logits"].shape != output.logits.shape:
             raise ValueError(
-                f"The teacher answers with logits shaped {tuple(answer['teacher_logits'].shape)}, the model with "
-                f"{tuple(output.logits.shape)}. Teachers are for image classification."
+                f"The teacher returns logits shaped {tuple(predicted['teacher_logits'].shape)}, the model "
+                f"logits shaped {tuple(output.logits.shape)}. Teachers are for image classification."
             )
-        return answer
+        return predicted
 
 
 def _report(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -110,17 +111,15 @@ def _load(name: str) -> nn.Module:
     config = os.path.join(name, "config.json")
     if os.path.isfile(config):
         with open(config, encoding="utf-8") as file:
-            if "model_type" not in json.load(
-                file
-            ):  # timm's own, whose num_classes transformers' wrapper stumbles over
+            # timm's own has a num_classes that transformers' wrapper refuses.
+            if "model_type" not in json.load(file):
                 return timm.create_model(f"local-dir:{name}", pretrained=True)
     if os.path.isdir(name) or ("/" in name and ":" not in name):
         return AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
     if ":" not in name and not timm.is_model(parse_model_name(name)[1].split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = did_you_mean(name, timm.list_models()) or " See timm.list_models()."
         raise ValueError(
-            f"teacher='{name}' is no folder, no Hub repository (owner/name) and no timm model. "
-            + (f"Did you mean {' or '.join(repr(match) for match in near)}?" if near else "See timm.list_models().")
+            f"teacher='{name}' is neither a folder, a Hub repository (owner/name) nor a timm model.{hint}"
         )
     return timm.create_model(name, pretrained=True)
 
@@ -128,7 +127,7 @@ def _load(name: str) -> nn.Module:
 def _core(network: nn.Module) -> nn.Module:
     """Return the timm model inside a multi-exit model or transformers' timm wrapper, else the network itself.
 
-    A multi-exit model would compute all its exits, or leave early.
+    A multi-exit model would compute all its exits, or exit early.
     """
     model_type = network.config.model_type if isinstance(network, PreTrainedModel) else None
     return getattr(network, {"multi_exit": "backbone", "timm_wrapper": "timm_model"}.get(model_type, ""), network)
@@ -146,7 +145,7 @@ def _num_classes(network: nn.Module) -> int:
 
 
 def final_layers(network: nn.Module) -> list[nn.Module]:
-    """List the linear layers that give the logits: one, or several for distilled and multi-branch models.
+    """List the linear layers that return the logits: one, or several for distilled and multi-branch models.
 
     Args:
         network: A timm model, multi-exit model or transformers image classifier.
@@ -159,11 +158,3 @@ def final_layers(network: nn.Module) -> list[nn.Module]:
         parts = [child for child in core.children() if child is not core.base_model]
     linear = [[layer for layer in part.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))] for part in parts]
     return [layers[-1] for layers in linear if layers and layers[-1].weight.shape[0] == _num_classes(network)]
-
-
-def missing_scaffold(method: object, what: str) -> ValueError:
-    """Return the error of a method that was called on an output without what its scaffold gives."""
-    return ValueError(
-        f"{type(method).__name__} was called without {what}. Train with SelfDistillationTrainer, or set "
-        "model.scaffold = method.scaffold(model)."
-    )

@@ -1,5 +1,5 @@
-"""The models: what is here ships with every checkpoint, so that it loads without this library.
+"""Models: the modules that ship with every checkpoint, so that it loads without this library.
 
 The folder is flat, and its modules import their neighbours by ``from .name import ...`` and nothing else of this
-package: transformers copies them beside the weights and reads those lines to find them.
+package: transformers copies them beside the weights and finds them by reading those lines.
 """

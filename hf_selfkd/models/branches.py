@@ -1,30 +1,39 @@
-"""Copies of what lies behind a stage of a backbone: branches that read one trunk.
+"""Trainable copies of all layers after a stage: branches on one trunk.
 
-A copy is the backbone itself with placeholders for all that runs before the stage, so that no family needs code of its
-own: the hook at the stage puts the trunk's output in.
+A copy is the backbone itself with placeholders for everything that runs before the stage, so that no family needs code
+of its own: the hook at the stage puts the trunk's output in. One traced run decides what is replaced. For a ResNet cut
+at the end of ``layer3``:
+
+    conv1  bn1  act1  maxpool  layer1  layer2  layer3 | layer4  global_pool  fc
+    <------------------------------- ran ------------------------------------->     modules that were called
+                                                        <------ behind ------->     of these, after the stage ended
+                                                        layer4.*        fc.*        parameters reached from its output
+    <---------- replaced by placeholders -----------> | <-------- kept ------->
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only  # see hooks.py
 
-from .hooks import Collector, join_features, run
+from .hooks import Collector, attach_stage_hook, join_features, run
 from .stages import Anatomy
 from .timm_quirks import classifiers, copy_module
 
-# What running a network on placeholders can raise where it reads more of them than their outputs.
+# Errors of networks that read more of a placeholder than its output.
 _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class _Replacement(Collector):
-    """Puts another output in the place of a stage's.
+    """Replaces the output of a stage.
 
     Args:
         stage: Index of the stage.
-        output: What stands for its output.
+        output: The output that the network continues with.
     """
 
     def __init__(self, stage: int, output: Any):
@@ -33,18 +42,18 @@ class _Replacement(Collector):
         self.output = output
 
     def on_stage(self, index: int, output: Any) -> Any:
-        # A clone, because some networks go on with an in-place activation, and several tails read this output.
-        return _map_tensors(Tensor.clone, self.output) if index == self.stage else None
+        # A clone, because some networks continue with an in-place activation, and several tails read this output.
+        return tree_map_only(Tensor, Tensor.clone, self.output) if index == self.stage else None
 
 
 class Tail(nn.Module):
-    """Everything behind a stage of a backbone; made by :func:`copy_tail`.
+    """All layers of a backbone after a stage; made by :func:`copy_tail`.
 
     Its state has the names of the backbone's, so that it can be loaded there.
 
     Args:
-        backbone: The backbone, with placeholders for what runs before the stage.
-        anatomy: What :func:`~hf_selfkd.models.hooks.measure` found.
+        backbone: The backbone, with placeholders for everything that runs before the stage.
+        anatomy: Its measured structure.
         stage: Index of the stage.
         image_shape: Channels, height and width of an image that the backbone takes.
     """
@@ -66,17 +75,17 @@ class Tail(nn.Module):
 
     @property
     def classifiers(self) -> list[nn.Module]:
-        """What turns features into logits: one linear module, or several whose logits are averaged."""
+        """The modules that map features to logits: one linear module, or several whose logits are averaged."""
         return classifiers(self.backbone)
 
 
 class _Placeholder(nn.Module):
-    """Gives zeros shaped like the output of the module it stands for, which does not matter.
+    """Returns zeros with the shapes of the output of the module it replaces; their values do not matter.
 
     Args:
-        module: Its plain attributes are kept, because networks read such things as the grid of their patches.
-        rows: Length of the first dimension of the tensor it was given: the batch, or more where windows are folded in.
-        output: What it gave.
+        module: Its plain attributes are kept, because networks read some of them, such as the grid of their patches.
+        rows: Length of the first dimension of its input: the batch, or more where windows are folded into it.
+        output: Its output.
     """
 
     def __init__(self, module: nn.Module, rows: int, output: Any):
@@ -85,19 +94,15 @@ class _Placeholder(nn.Module):
         for name, value in vars(module).items():
             if not name.startswith("_") and isinstance(value, plain):
                 setattr(self, name, value)
-        self._shapes = _map_tensors(lambda tensor: tensor.shape, output)
+        self._output = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), output)
         self._rows = rows
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._zeros(self._shapes, _tensors(args)[0])
+        like = _tensors(args)[0]
+        return tree_map_only(Tensor, lambda empty: self._zeros(empty.shape, like), self._output)
 
-    def _zeros(self, shapes: Any, like: Tensor) -> Any:
-        if isinstance(shapes, torch.Size):
-            rows = shapes[0] * like.shape[0] // self._rows
-            return like.new_zeros(()).expand(rows, *shapes[1:])
-        return (
-            type(shapes)(self._zeros(item, like) for item in shapes) if isinstance(shapes, (list, tuple)) else shapes
-        )
+    def _zeros(self, shape: torch.Size, like: Tensor) -> Tensor:
+        return like.new_zeros(()).expand(shape[0] * like.shape[0] // self._rows, *shape[1:])
 
 
 def copy_tail(
@@ -107,60 +112,104 @@ def copy_tail(
     create: Callable[[], nn.Module],
     image_shape: tuple[int, int, int],
 ) -> Tail:
-    """Copy everything behind a stage, freshly initialised.
+    """Copy all layers after a stage, newly initialised.
 
-    With the backbone's own weights the copy must give its logits and features bit by bit on random images; then it
-    gets those of a new backbone. It holds parameters for what it computes and for nothing else.
+    With the backbone's own weights the copy must return its logits and features bit by bit on random inputs; then it
+    gets those of a new backbone. It has parameters for what it computes and no others.
 
     Args:
-        backbone: A model that :func:`~hf_selfkd.models.hooks.attach_hooks` was called on.
-        anatomy: What :func:`~hf_selfkd.models.hooks.measure` found.
+        backbone: A model with the hooks of :func:`~hf_selfkd.models.hooks.attach_hooks`.
+        anatomy: Its measured structure.
         stage: Index of the stage.
         create: Builds the backbone anew.
         image_shape: Channels, height and width of an image that the backbone takes.
 
     Raises:
-        ValueError: If there is no such stage, or the network is no chain there: what lies behind reads more than this
-            one output.
+        ValueError: If there is no such stage, or the network is not sequential there: later layers read more than
+            this one output.
     """
     if not 0 <= stage < len(anatomy.stages):
         raise ValueError(
             f"The backbone has stages 0 to {len(anatomy.stages) - 1}, but copy_tail was asked for {stage}."
         )
     refused = (
-        f"What lies behind stage {stage} of this {type(backbone).__name__} cannot be copied: the network is no chain "
-        "there. Choose another stage or another backbone."
+        f"The layers after stage {stage} of this {type(backbone).__name__} cannot be copied: the network is not "
+        "sequential there. Choose another stage or another backbone."
     )
     if not anatomy.hooked:
         raise ValueError(refused)
-    copied = copy_module(backbone).requires_grad_(True)
-    copied.train().eval()  # some networks keep what they computed from their weights until they are trained again
-    copied.set_grad_checkpointing(False)
-    reference = next(copied.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(5, *image_shape, generator=generator).to(reference)
-    tail = Tail(copied, anatomy, stage, image_shape)
+    tail = Tail(_trainable_copy(backbone), anatomy, stage, image_shape)
     try:
-        trace = _Trace(tail, images[:3])
-        stage_output, *expected = _answer(tail, images[3:])
-        _remove_trunk(tail, trace)
-        with torch.no_grad():
-            answer = tail(stage_output)
+        same = _cut(tail)
     except _FAILURES as error:
         raise ValueError(refused) from error
-    if not all(torch.equal(ours, theirs) for ours, theirs in zip(answer, expected, strict=True)):
+    if not same:
         raise ValueError(refused)
     fresh = create().state_dict()
-    copied.load_state_dict({name: fresh[name] for name in copied.state_dict()})
+    tail.backbone.load_state_dict({name: fresh[name] for name in tail.backbone.state_dict()})
     return tail.train()
 
 
+def _trainable_copy(backbone: nn.Module) -> nn.Module:
+    copied = copy_module(backbone).requires_grad_(True)
+    copied.train().eval()  # some networks cache tensors computed from their weights until they are trained again
+    copied.set_grad_checkpointing(False)
+    return copied
+
+
 @torch.no_grad()
-def _answer(tail: Tail, images: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """Return the stage's output, logits and features of the whole backbone."""
+def _cut(tail: Tail) -> bool:
+    """Remove from a tail all that runs before its stage; return whether its outputs stay the same bit by bit."""
+    images = torch.randn(5, *tail.image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(tail.parameters()))
+    trace = trace_run(tail, images[:3])
     seen = Collector()
-    logits = run(tail.backbone, tail.anatomy, images, seen)
-    return seen.outputs[tail.stage], logits, join_features(seen.features)
+    logits = run(tail.backbone, tail.anatomy, images[3:], seen)
+    put_placeholders(tail, trace, modules_to_replace(tail.backbone, trace))
+    drop_parameters(tail.backbone, trace)
+    found = tail(seen.outputs[tail.stage])
+    return all(torch.equal(*pair) for pair in zip(found, (logits, join_features(seen.features)), strict=True))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of a complete backbone, see the drawing at the top.
+
+    Args:
+        end: Path of the module that ends the stage.
+        ran: Paths of the modules that were called.
+        behind: Paths of those that were still called after the stage had ended.
+        reached: Names of the parameters that logits or features depend on, given the stage's output.
+        placeholders: A placeholder for every module that got a tensor, by path.
+    """
+
+    end: str
+    ran: set[str]
+    behind: set[str]
+    reached: set[str]
+    placeholders: dict[str, _Placeholder]
+
+
+def trace_run(tail: Tail, images: Tensor) -> Trace:
+    """Run the complete backbone of a tail once and record it."""
+    calls: list[str] = []
+    placeholders: dict[str, _Placeholder] = {}
+
+    def record(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        calls.append(path)
+        if tensors := _tensors(args):
+            placeholders[path] = _Placeholder(module, len(tensors[0]), output)
+
+    modules = list(tail.backbone.named_modules())
+    handles = [module.register_forward_hook(partial(record, path)) for path, module in modules]
+    try:
+        reached = _reached_parameters(tail, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    end = tail.anatomy.stages[tail.stage].module
+    behind = calls[calls.index(end) + 1 :]
+    return Trace(end, set(calls), set(behind), reached, placeholders)
 
 
 class _Leaf(Collector):
@@ -178,94 +227,54 @@ class _Leaf(Collector):
     def on_stage(self, index: int, output: Any) -> Any:
         if index != self.stage:
             return None
-        self.output = _map_tensors(lambda tensor: tensor.detach().clone().requires_grad_(), output)
-        return _map_tensors(Tensor.clone, self.output)
+        self.output = tree_map_only(Tensor, lambda tensor: tensor.detach().clone().requires_grad_(), output)
+        return tree_map_only(Tensor, Tensor.clone, self.output)
 
 
-class _Trace:
-    """What one run of the whole backbone tells about its parts.
-
-    Args:
-        tail: Holds the whole backbone.
-        images: ``(batch, channels, height, width)``.
-
-    Attributes:
-        ran: Paths of the modules that ran.
-        placeholders: What could stand for them, by path, where they were given a tensor.
-        behind: Paths of the modules that still ran after the stage had ended.
-        reached: Names of the parameters that logits or features depend on, once the stage's output is given.
-    """
-
-    def __init__(self, tail: Tail, images: Tensor):
-        self.placeholders: dict[str, _Placeholder] = {}
-        self.ran: set[str] = set()
-        self.behind: set[str] = set()
-        self._ended = False
-        end = tail.anatomy.stages[tail.stage].module
-        handles = [
-            module.register_forward_hook(partial(self._record, path, path == end))
-            for path, module in tail.backbone.named_modules()
-        ]
-        try:
-            self.reached = self._reached(tail, images)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _record(self, path: str, ends: bool, module: nn.Module, args: Any, output: Any) -> None:
-        if given := _tensors(args):
-            self.placeholders[path] = _Placeholder(module, len(given[0]), output)
-        self.ran.add(path)
-        if self._ended:
-            self.behind.add(path)
-        self._ended |= ends
-
-    @torch.enable_grad()
-    def _reached(self, tail: Tail, images: Tensor) -> set[str]:
-        visitor = _Leaf(tail.stage)
-        logits = run(tail.backbone, tail.anatomy, images, visitor)
-        given = _tensors(visitor.output)
-        total = logits.float().sum() + join_features(visitor.features).float().sum()
-        names, parameters = zip(*tail.backbone.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(total, [*given, *parameters], allow_unused=True)
-        if all(gradient is None for gradient in gradients[: len(given)]):
-            raise ValueError("Nothing behind the stage reads its output.")
-        return {name for name, grad in zip(names, gradients[len(given) :], strict=True) if grad is not None}
+@torch.enable_grad()
+def _reached_parameters(tail: Tail, images: Tensor) -> set[str]:
+    visitor = _Leaf(tail.stage)
+    logits = run(tail.backbone, tail.anatomy, images, visitor)
+    leaves = _tensors(visitor.output)
+    total = logits.float().sum() + join_features(visitor.features).float().sum()
+    names, parameters = zip(*tail.backbone.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(total, [*leaves, *parameters], allow_unused=True)
+    if all(gradient is None for gradient in gradients[: len(leaves)]):
+        raise ValueError("Nothing after the stage reads its output.")
+    return {name for name, grad in zip(names, gradients[len(leaves) :], strict=True) if grad is not None}
 
 
-def _remove_trunk(tail: Tail, trace: _Trace) -> None:
-    """Put placeholders in the place of what ran only up to the stage, and zeros in that of parameters left over."""
-    end = tail.anatomy.stages[tail.stage].module
-    needed = trace.behind | trace.reached
-    removed: list[str] = []
-    for path, module in list(tail.backbone.named_modules(remove_duplicate=False)):
-        inside = f"{path}."
-        if not path or end.startswith(inside) or any(path.startswith(other) for other in removed):
-            continue
-        if path in trace.ran and not any(name == path or name.startswith(inside) for name in needed):
-            removed.append(inside)
-            if path in trace.placeholders:
-                tail.backbone.set_submodule(path, trace.placeholders[path])
-            if path == end:
-                for hook in module._forward_hooks.values():
-                    trace.placeholders[path].register_forward_hook(hook)
-    for name, parameter in list(tail.backbone.named_parameters()):
+def modules_to_replace(backbone: nn.Module, trace: Trace) -> list[str]:
+    """List the outermost modules that ran before the end of the stage only and hold nothing needed behind it."""
+    needed = {trace.end} | trace.behind | trace.reached
+    chosen: list[str] = []
+    for path, _ in backbone.named_modules(remove_duplicate=False):
+        inside_chosen = any(path.startswith(f"{other}.") for other in chosen)
+        holds_needed = any(name.startswith(f"{path}.") for name in needed)
+        if path in trace.ran - trace.behind and not inside_chosen and not holds_needed:
+            chosen.append(path)
+    return chosen
+
+
+def put_placeholders(tail: Tail, trace: Trace, paths: list[str]) -> None:
+    """Replace modules by their placeholders; the one that ends the stage gets the stage's hook."""
+    for path in paths:
+        if path in trace.placeholders:
+            tail.backbone.set_submodule(path, trace.placeholders[path])
+            if path == trace.end:
+                attach_stage_hook(trace.placeholders[path], tail.stage)
+
+
+def drop_parameters(backbone: nn.Module, trace: Trace) -> None:
+    """Replace the parameters that are not reached by zeros that are neither trained nor saved."""
+    for name, parameter in list(backbone.named_parameters()):
         if name not in trace.reached:
             owner, _, leaf = name.rpartition(".")
-            module = tail.backbone.get_submodule(owner)
+            module = backbone.get_submodule(owner)
             delattr(module, leaf)
             module.register_buffer(leaf, parameter.new_zeros(()).expand(parameter.shape), persistent=False)
 
 
-def _map_tensors(function: Callable[[Tensor], Any], output: Any) -> Any:
-    """Apply a function to a tensor, or to each in a list or tuple."""
-    if isinstance(output, (list, tuple)):
-        return type(output)(_map_tensors(function, item) for item in output)
-    return function(output) if isinstance(output, Tensor) else output
-
-
 def _tensors(output: Any) -> list[Tensor]:
-    """List the tensors in a tensor, list or tuple."""
-    if isinstance(output, (list, tuple)):
-        return [tensor for item in output for tensor in _tensors(item)]
-    return [output] if isinstance(output, Tensor) else []
+    """List the tensors in a nested output."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

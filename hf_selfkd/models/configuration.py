@@ -1,13 +1,13 @@
-"""All that is needed to rebuild a multi-exit model."""
+"""The configuration of multi-exit models: everything that rebuilds a model except its weights."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves  # see hooks.py
 from transformers import PreTrainedConfig
 
-# What would make timm read files, fetch weights or take memory on a device, or that this library decides itself.
+# Arguments that make timm read files, download weights or take memory on a device, or that this library sets itself.
 REFUSED_BACKBONE_KWARGS = {
     "cache_dir",
     "checkpoint_path",
@@ -24,13 +24,13 @@ REFUSED_BACKBONE_KWARGS = {
     "scriptable",
 }
 
-# A configuration may come from anyone, so its numbers are bounded before anything is built from them: classes; widths
-# and whatever backbone_kwargs say; sides in pixels of the images that the image processor makes. Far above what timm's
-# own models need (115,217 classes, widths of 8,192, images of 1,024 pixels).
+# Configurations are untrusted, so their numbers are bounded before anything is built from them: classes; widths and
+# all numbers in backbone_kwargs; sides in pixels of the images that the image processor makes. Far above the needs of
+# timm's own models (115,217 classes, widths of 8,192, images of 1,024 pixels).
 MAX_CLASSES = 200_000
 MAX_SIZE = 65_536
 MAX_IMAGE_SIDE = 8_192
-# What transformers itself writes into a configuration or takes as one, beside fields and properties.
+# Fields that transformers itself writes into a configuration or accepts in one, besides its declared ones.
 _TRANSFORMERS_FIELDS = {
     "_name_or_path",
     "attn_implementation",
@@ -44,44 +44,39 @@ _TRANSFORMERS_FIELDS = {
 }
 
 
-def _is_whole_number(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _numbers(value: Any) -> Iterator[int | float]:
-    """Yield the numbers in a value, in lists and dictionaries too."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(item)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class MultiExitConfig(PreTrainedConfig):
     """Configuration of a multi-exit network around a timm backbone.
 
     Args:
-        backbone: A timm architecture name, a timm tag may follow (``resnet18.a1_in1k``).
-        backbone_kwargs: Passed to ``timm.create_model``. What fetches or reads weights is refused; use
-            :meth:`MultiExitForImageClassification.from_backbone` for that.
-        exits: Indices into the backbone's ``feature_info`` where auxiliary exits sit, strictly increasing. The deepest
-            exit is the backbone's own head and never listed. ``None``: of an isotropic network the stages after a
-            quarter, half and three quarters of its depth, of a hierarchical one the last stage of each of the three
-            resolutions before the final one. ``[]``: no auxiliary exit.
+        backbone: A timm architecture name, with or without a timm tag (``resnet18.a1_in1k``).
+        backbone_kwargs: Passed to ``timm.create_model``. Arguments that download or read weights are refused; use
+            :meth:`MultiExitForImageClassification.from_backbone` for these.
+        exits: Indices into the backbone's ``feature_info`` of the stages with an auxiliary exit, strictly increasing.
+            The final exit is the backbone's own head and never listed. ``None``: of an isotropic network the stages
+            after a quarter, half and three quarters of its depth, of a hierarchical one the last stage of each of the
+            three resolutions before the final one. ``[]``: no auxiliary exit.
         exit_width: Width of exit features; ``None``: that of the backbone's own pre-logits.
         pyramid_width: Channels of the feature pyramid, for segmentation.
         small_input_stem: Build the stem with a 3x3 stride-1 convolution and no pooling, for 32-pixel images.
         exit_policy: A calibrated :class:`ExitPolicy` as a dictionary.
         early_exit: Whether ``forward`` in eval mode, without labels, uses the policy.
-        ensemble: Whether ``logits`` in eval mode is the mean over all exits instead of the deepest exit's.
+        ensemble: Whether ``logits`` in eval mode is the mean over all exits instead of those of the final exit.
         pretrained_cfg: timm's data configuration (``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
             ``crop_mode``), read by the image processor; ``None``: the backbone's.
         image_processor_type: Class that ``AutoImageProcessor`` builds from this configuration.
-        semantic_loss_ignore_index: Label of void pixels in semantic segmentation.
+        semantic_loss_ignore_index: Label of ignored pixels in semantic segmentation.
 
-    A configuration from the Hub is safe to read and to build from: it makes nothing fetch or read other files, and
-    more than 200,000 classes, widths and numbers in ``backbone_kwargs`` above 65,536, images of more than 8,192
-    pixels a side and whole models of more than 10 billion values are refused before they take memory.
+    A configuration from the Hub is safe to read and to build from: it causes no download and no reading of other
+    files. More than 200,000 classes, widths and numbers in ``backbone_kwargs`` above 65,536, images of more than 8,192
+    pixels a side and models of more than 10 billion values are refused before memory is allocated.
 
     Unknown fields are kept, as in every transformers configuration, with a warning that names them.
 
@@ -120,14 +115,14 @@ class MultiExitConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ValueError if a field has the wrong type or a value out of range.
 
-        A model does it again when it is built: ``from_pretrained(..., field=value)`` sets fields afterwards.
+        Models call it again when they are built, because ``from_pretrained(..., field=value)`` sets fields later.
         """
         if not isinstance(self.backbone, str) or not self.backbone:
             raise ValueError(f"backbone must be the name of a timm architecture, but got {self.backbone!r}.")
         if ":" in self.backbone or "/" in self.backbone:
             raise ValueError(
                 f"A configuration may only name a timm architecture, but got backbone={self.backbone!r}. "
-                "To fetch weights, use MultiExitForImageClassification.from_backbone."
+                "To load weights, use MultiExitForImageClassification.from_backbone."
             )
         if not isinstance(self.backbone_kwargs, dict) or not all(isinstance(key, str) for key in self.backbone_kwargs):
             raise ValueError(f"backbone_kwargs must be a dictionary of arguments, but got {self.backbone_kwargs!r}.")
@@ -136,7 +131,8 @@ class MultiExitConfig(PreTrainedConfig):
                 f"backbone_kwargs must not contain {', '.join(refused)}: a configuration holds no weights and "
                 "num_labels sets the classes. To start from weights use MultiExitForImageClassification.from_backbone."
             )
-        if huge := [number for number in _numbers(self.backbone_kwargs) if not abs(number) <= MAX_SIZE]:
+        numbers = filter(_is_number, tree_leaves(self.backbone_kwargs))
+        if huge := [number for number in numbers if not abs(number) <= MAX_SIZE]:
             raise ValueError(
                 f"Numbers in backbone_kwargs may be {MAX_SIZE:,} at most, but got {huge[0]!r} in "
                 f"{self.backbone_kwargs}."
@@ -150,13 +146,11 @@ class MultiExitConfig(PreTrainedConfig):
             width = getattr(self, name)
             if alternative and width is None:
                 continue
-            if not _is_whole_number(width) or not 1 <= width <= MAX_SIZE:
-                raise ValueError(
-                    f"{name} must be a whole number from 1 to {MAX_SIZE:,}{alternative}, but got {width!r}."
-                )
-        if not _is_whole_number(self.semantic_loss_ignore_index):
+            if not _is_integer(width) or not 1 <= width <= MAX_SIZE:
+                raise ValueError(f"{name} must be an integer from 1 to {MAX_SIZE:,}{alternative}, but got {width!r}.")
+        if not _is_integer(self.semantic_loss_ignore_index):
             raise ValueError(
-                f"semantic_loss_ignore_index must be a whole number, but got {self.semantic_loss_ignore_index!r}."
+                f"semantic_loss_ignore_index must be an integer, but got {self.semantic_loss_ignore_index!r}."
             )
         if not isinstance(self.image_processor_type, str):
             raise ValueError(f"image_processor_type must be a name, but got {self.image_processor_type!r}.")
@@ -174,9 +168,9 @@ class MultiExitConfig(PreTrainedConfig):
         self._check_image_size()
 
     def _check_what_transformers_acts_on(self, num_labels: int | None = None, **kwargs) -> None:
-        """Check what transformers would act on before the fields of this class can be."""
-        if num_labels is not None and (not _is_whole_number(num_labels) or not 1 <= num_labels <= MAX_CLASSES):
-            raise ValueError(f"num_labels must be a whole number from 1 to {MAX_CLASSES:,}, but got {num_labels!r}.")
+        """Check the fields that transformers acts on before those of this class are set."""
+        if num_labels is not None and (not _is_integer(num_labels) or not 1 <= num_labels <= MAX_CLASSES):
+            raise ValueError(f"num_labels must be an integer from 1 to {MAX_CLASSES:,}, but got {num_labels!r}.")
         if kwargs.get("transformers_weights") is not None:
             raise ValueError(
                 f"transformers_weights must not be given, but got {kwargs['transformers_weights']!r}: weights are "
@@ -184,37 +178,37 @@ class MultiExitConfig(PreTrainedConfig):
             )
         if "/" in str(kwargs.get("attn_implementation")):
             raise ValueError(
-                f"attn_implementation must not name code to fetch, but got {kwargs['attn_implementation']!r}."
+                f"attn_implementation must not name code to download, but got {kwargs['attn_implementation']!r}."
             )
 
     def _check_image_size(self) -> None:
         data = self.pretrained_cfg or {}
         shape, crop_pct = data.get("input_size") or [], data.get("crop_pct") or 1.0
-        if not isinstance(shape, (list, tuple)) or not all(_is_whole_number(side) for side in shape):
-            raise ValueError(f"pretrained_cfg['input_size'] must be three whole numbers, but got {shape!r}.")
+        if not isinstance(shape, (list, tuple)) or not all(_is_integer(side) for side in shape):
+            raise ValueError(f"pretrained_cfg['input_size'] must be three integers, but got {shape!r}.")
         if not isinstance(crop_pct, (int, float)) or not all(0 < side <= MAX_IMAGE_SIDE * crop_pct for side in shape):
             raise ValueError(
                 f"Images are resized to input_size over crop_pct, at most {MAX_IMAGE_SIDE:,} pixels a side, but "
-                f"pretrained_cfg asks for input_size={shape!r} and crop_pct={crop_pct!r}."
+                f"pretrained_cfg has input_size={shape!r} and crop_pct={crop_pct!r}."
             )
 
     def _check_labels(self) -> None:
-        """Check what transformers reads before anything else, and refuses without a name or not at all."""
+        """Check the fields that transformers reads first and refuses without naming them, or not at all."""
         if not isinstance(self.label2id, (dict, type(None))):
             raise ValueError(f"label2id must be a dictionary or None, but got {self.label2id!r}.")
         names = self.id2label
-        is_map = isinstance(names, dict) and len(names) > 0
-        if names is not None and (not is_map or {str(key) for key in names} != set(map(str, range(len(names))))):
-            raise ValueError(f"id2label must be a dictionary that names every class from 0, but got {names!r}.")
+        is_dict = isinstance(names, dict) and len(names) > 0
+        if names is not None and (not is_dict or {str(key) for key in names} != set(map(str, range(len(names))))):
+            raise ValueError(f"id2label must be a dictionary that names all classes from 0, but got {names!r}.")
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
         if self.dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be one of torch's, such as 'float32', but got {self.dtype!r}.")
 
     def _check_exits(self) -> None:
-        if not isinstance(self.exits, (list, tuple)) or not all(_is_whole_number(stage) for stage in self.exits):
+        if not isinstance(self.exits, (list, tuple)) or not all(_is_integer(stage) for stage in self.exits):
             raise ValueError(f"exits must be a list of stage indices such as [1, 2, 3], but got {self.exits!r}.")
         if any(deep <= shallow for shallow, deep in zip(self.exits, self.exits[1:], strict=False)):
             raise ValueError(
-                f"exits must name each stage once, shallow to deep, but got {list(self.exits)}. "
+                f"exits must list each stage once, in increasing order, but got {list(self.exits)}. "
                 f"Did you mean {sorted(set(self.exits))}?"
             )

@@ -1,23 +1,44 @@
-"""Exit heads: the map of a stage in, logits and pooled features out."""
+"""Exit heads: the choice of a head for each stage, and the modules that map a feature map to logits and features."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A wider bottleneck would cost a 2,048-wide backbone more than leaving early saves.
+from .stages import Stage
+
+# With wider bottlenecks the exits of a 2,048-wide backbone would cost more than exiting early saves.
 MAX_BOTTLENECK_WIDTH = 128
+
+
+def create_head(stage: Stage, last: Stage, width: int, num_labels: int) -> nn.Module:
+    """Create the exit head for a stage.
+
+    Args:
+        stage: The stage whose feature maps the head takes.
+        last: The last stage of the backbone.
+        width: Width of the pooled features.
+        num_labels: Number of classes.
+
+    Returns:
+        A module that maps ``(batch, channels, height, width)`` to logits ``(batch, num_labels)`` and features
+        ``(batch, width)``.
+    """
+    if stage.layout == "NLC":
+        return TokenExit(stage.channels, width, num_labels)
+    stride = max(1, round(stage.size[0] / last.size[0]))
+    return ConvExit(stage.channels, width, num_labels, stride)
 
 
 class ConvExit(nn.Module):
     """Bottleneck, global average pooling and classifier, for feature maps (BYOT, Zhang et al. 2019, figure 2).
 
-    ``1x1 -> kxk with stride k -> 1x1``, each with batch norm and ReLU. ``k`` brings the map to the resolution of the
-    backbone's last one; where it is no power of two up to 8, average pooling does that instead of a large kernel.
+    ``1x1 -> kxk with stride k -> 1x1``, each with batch norm and ReLU. ``k`` reduces the feature map to the resolution
+    of the backbone's last one; where it is not a power of two up to 8, average pooling replaces the large kernel.
 
     Args:
-        channels: Channels of the stage's map.
+        channels: Channels of the stage's feature map.
         width: Width of the pooled features.
         num_labels: Number of classes.
-        stride: Side of the stage's map over that of the last one, 1 or more.
+        stride: Side of the stage's feature map divided by that of the last one, at least 1.
     """
 
     def __init__(self, channels: int, width: int, num_labels: int, stride: int):
@@ -38,13 +59,13 @@ class ConvExit(nn.Module):
         )
         self.classifier = nn.Linear(width, num_labels)
 
-    def forward(self, stage_map: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(batch, channels, height, width)`` to logits ``(batch, classes)`` and features ``(batch, width)``."""
-        stage_map = self.pool(stage_map)
-        height, width = stage_map.shape[-2:]
-        if min(height, width) < self.kernel:  # images far smaller than the backbone is meant for
-            stage_map = F.pad(stage_map, (0, max(0, self.kernel - width), 0, max(0, self.kernel - height)))
-        features = self.bottleneck(stage_map).mean(dim=(2, 3))
+        feature_map = self.pool(feature_map)
+        height, width = feature_map.shape[-2:]
+        if min(height, width) < self.kernel:  # images far smaller than those the backbone was built for
+            feature_map = F.pad(feature_map, (0, max(0, self.kernel - width), 0, max(0, self.kernel - height)))
+        features = self.bottleneck(feature_map).mean(dim=(2, 3))
         return self.classifier(features), features
 
 
@@ -63,18 +84,18 @@ class TokenExit(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
         self.classifier = nn.Linear(width, num_labels)
 
-    def forward(self, stage_map: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(batch, channels, height, width)`` to logits ``(batch, classes)`` and features ``(batch, width)``."""
-        tokens = self.norm(stage_map.flatten(2).transpose(1, 2))
+        tokens = self.norm(feature_map.flatten(2).transpose(1, 2))
         features = self.mlp(tokens.mean(dim=1))
         return self.classifier(features), features
 
 
 class SegmentationHead(nn.Sequential):
-    """Logits for every pixel of a map: 3x3 convolution, batch norm, ReLU, 3x3 convolution (FRSKD, section 4.3).
+    """Logits for every pixel of a feature map: 3x3 convolution, batch norm, ReLU, 3x3 convolution (FRSKD, 4.3).
 
     Args:
-        channels: Channels of the map.
+        channels: Channels of the feature map.
         width: Channels in between.
         num_labels: Number of classes.
     """

@@ -1,7 +1,8 @@
-"""Hooks that listen where the stages of a timm model end.
+"""Hooks at the ends of the stages of a timm model.
 
-A forward hook sits where each stage of ``feature_info`` ends. During a call of :func:`run` it hands what the stage
-gives to that call's visitor, which may answer with a replacement (early exit: with fewer rows); else it does nothing.
+A forward hook sits where each stage of ``feature_info`` ends. During a call of :func:`run` it passes the stage's
+output to the visitor of that call, which may return a replacement (for early exit, fewer rows). Otherwise it does
+nothing.
 """
 
 import threading
@@ -11,45 +12,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# torch has no public pytree; this one is its oldest and is used throughout the ecosystem (transformers, accelerate).
+from torch.utils._pytree import tree_map, tree_map_only
+
 from .stages import Anatomy
 from .timm_quirks import classifiers
 
-# The visitor of the call that is running in this thread. Not on the model: that would break pickle and let two
-# threads on one model see each other's images.
+# The visitor of the call that is running in this thread. Not an attribute of the model: that would break pickle, and
+# two threads that share a model would see each other's images.
 _active = threading.local()
 
 
 class Visitor:
-    """Sees a backbone while it runs. Does nothing by itself: subclasses override what they want to see."""
+    """Sees the intermediate outputs of a backbone. Does nothing by itself; subclasses override what they need."""
 
     def on_stage(self, index: int, output: Any) -> Any:
         """See the raw output of a stage as it ends.
 
         Returns:
-            What the network continues with in its place; ``None`` leaves it alone.
+            The output that the network continues with; ``None`` keeps the stage's own.
         """
 
     def on_features(self, features: Tensor) -> None:
-        """See what enters a classifier, ``(batch, width)``; called once per classifier."""
+        """See the features ``(batch, width)`` that enter a classifier; called once per classifier."""
 
 
 class Collector(Visitor):
-    """Keeps what it sees: raw outputs by stage, and features by classifier."""
+    """Collects raw outputs by stage, and features by classifier."""
 
     def __init__(self):
         self.outputs: dict[int, Any] = {}
         self.features: list[Tensor] = []
 
     def on_stage(self, index: int, output: Any) -> None:
-        """Keep the output."""
+        """Collect the output."""
         self.outputs[index] = output
 
     def on_features(self, features: Tensor) -> None:
-        """Keep the features."""
+        """Collect the features."""
         self.features.append(features)
 
 
-def _report(index: int, module: nn.Module, args: Any, output: Any) -> Any:
+def _report_stage(index: int, module: nn.Module, args: Any, output: Any) -> Any:
     visitor = getattr(_active, "visitor", None)
     return None if visitor is None else visitor.on_stage(index, output)
 
@@ -61,25 +65,31 @@ def _report_features(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         visitor.on_features(args[0][:, 0] if args[0].dim() == 3 else args[0].flatten(1))
 
 
-def attach_hooks(backbone: nn.Module, anatomy: Anatomy) -> None:
-    """Let the visitor of :func:`run` see every stage and what enters the classifier."""
-    _listen(backbone, [stage.module for stage in anatomy.stages])
+def attach_hooks(backbone: nn.Module, paths: list[str | None]) -> None:
+    """Attach the hooks that report to the visitor of :func:`run`.
 
-
-def _listen(backbone: nn.Module, paths: list[str | None]) -> None:
+    Args:
+        backbone: A timm model with a classifier.
+        paths: Path of the module that ends each stage, first to last; ``None`` where there is no such module.
+    """
     for index, path in enumerate(paths):
         if path is not None:
-            backbone.get_submodule(path).register_forward_hook(partial(_report, index))
+            attach_stage_hook(backbone.get_submodule(path), index)
     for classifier in classifiers(backbone):
         classifier.register_forward_pre_hook(_report_features)
 
 
+def attach_stage_hook(module: nn.Module, index: int) -> None:
+    """Attach the hook that reports a module's output as that of the stage ``index``."""
+    module.register_forward_hook(partial(_report_stage, index))
+
+
 def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Visitor) -> Tensor:
-    """Run the backbone and return its logits; the visitor sees each stage as it ends.
+    """Run a backbone and return its logits; the visitor sees each stage as it ends.
 
     Args:
-        backbone: A model that :func:`attach_hooks` was called on.
-        anatomy: What :func:`measure` found.
+        backbone: A model with the hooks of :func:`attach_hooks`.
+        anatomy: Its measured structure.
         pixel_values: ``(batch, channels, height, width)``.
         visitor: Sees each stage and the features. What it returns for a stage replaces the output, unless that is
             ``None`` or the anatomy is not ``hooked``.
@@ -89,33 +99,32 @@ def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Vi
     try:
         if anatomy.hooked:
             return backbone(pixel_values)
-        final, maps = backbone.forward_intermediates(pixel_values)
-        for index, stage_map in enumerate(maps):
-            visitor.on_stage(index, stage_map)
+        final, feature_maps = backbone.forward_intermediates(pixel_values)
+        for index, feature_map in enumerate(feature_maps):
+            visitor.on_stage(index, feature_map)
         return backbone.forward_head(final)
     finally:
         _active.visitor = previous
 
 
 def keep_rows(output: Any, rows: Tensor, batch_size: int) -> Any:
-    """Keep the ``rows`` of every tensor in a stage's raw output; one may hold several rows per image (tnt)."""
-    if isinstance(output, (list, tuple)):
-        return type(output)(keep_rows(item, rows, batch_size) for item in output)
-    if not isinstance(output, Tensor):
-        return output  # the size of the map (mvitv2)
-    return output.unflatten(0, (batch_size, -1))[rows].flatten(0, 1)
+    """Keep the ``rows`` of every tensor in a stage's raw output.
+
+    Args:
+        output: A tensor, or lists and tuples of tensors and other values, which stay (mvitv2 returns a grid size).
+        rows: Indices of images.
+        batch_size: Images in the batch; a tensor may have several rows for each (tnt).
+    """
+    return tree_map_only(Tensor, lambda tensor: tensor.unflatten(0, (batch_size, -1))[rows].flatten(0, 1), output)
 
 
 def join_rows(outputs: list[Any]) -> Any:
-    """Join what a stage gave for parts of a batch."""
-    first = outputs[0]
-    if isinstance(first, (list, tuple)):
-        return type(first)(join_rows(list(items)) for items in zip(*outputs, strict=True))
-    return torch.cat(outputs) if isinstance(first, Tensor) else first
+    """Concatenate the raw outputs of a stage for consecutive parts of a batch."""
+    return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)
 
 
 def join_features(features: list[Tensor]) -> Tensor:
-    """Join what enters several classifiers: the mean where the widths agree, else side by side."""
+    """Join the features of several classifiers: their mean where the widths agree, else their concatenation."""
     if len(features) == 1:
         return features[0]
     if len({tensor.shape[-1] for tensor in features}) == 1:

@@ -1,9 +1,9 @@
-"""The label loss of every exit, and how losses are averaged: what a model needs of the arithmetic of the methods.
+"""The label loss of every exit, and averages over samples and pixels: the arithmetic that models and methods share.
 
 Everything that exponentiates or divides runs in float32, also under autocast. Losses are means per sample, so that
 nothing depends on batch size, gradient accumulation or number of processes. For segmentation they are means over the
-labelled pixels of an image, then over images. Means over some of the samples (the labelled ones, those that a teacher
-gets right) are over those of the micro-batch; under :func:`counted_over_processes` over those of all its processes.
+labelled pixels of an image, then over images. Means over a subset of the samples (the labelled ones, those that a
+teacher predicts correctly) are taken within the micro-batch; under :func:`counted_over_processes` over all processes.
 """
 
 import threading
@@ -21,7 +21,7 @@ _counting = threading.local()
 
 @contextmanager
 def counted_over_processes() -> Iterator[None]:
-    """Make the gradients of means over some of the samples right when data-parallel processes average them.
+    """Correct the gradients of means over a subset of samples for data-parallel processes, which average gradients.
 
     Two processes with 1 and 3 labelled images must not weigh them 3 to 1. A sum is divided by the number of such
     samples that a process has on average, so that the average over processes is the mean over the whole batch. All
@@ -34,8 +34,8 @@ def counted_over_processes() -> Iterator[None]:
         _counting.over_processes = False
 
 
-def _number(mask: Tensor) -> Tensor:
-    """What to divide a sum over ``mask`` by, see :func:`counted_over_processes`; never 0."""
+def count_selected(mask: Tensor) -> Tensor:
+    """Return the denominator of a masked mean, at least 1; see :func:`counted_over_processes`."""
     count = mask.sum()
     if not getattr(_counting, "over_processes", False):
         return count.clamp(min=1)
@@ -44,13 +44,13 @@ def _number(mask: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Mean cross-entropy over what is labelled; 0 where nothing is.
+    """Mean cross-entropy over the labelled samples; 0 if there are none.
 
     Args:
         logits: ``(batch, classes)`` or ``(batch, classes, height, width)``, which is interpolated to the size of
-            the labels; or a sequence of such tensors, whose losses are added up.
+            the labels; or a sequence of such tensors, whose losses are summed.
         labels: Class indices ``(batch,)`` or ``(batch, height, width)``, -100 where there is no label; or class
-            probabilities shaped like ``logits``, as label smoothing, mixup and cutmix make them.
+            probabilities of the shape of ``logits``, from label smoothing, mixup or cutmix.
 
     Returns:
         A scalar.
@@ -60,12 +60,12 @@ def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     """
     is_soft = labels.is_floating_point()
     labels = labels.float() if is_soft else labels.long()
-    is_map = labels.dim() == 3
-    # One after the other, so that only one student's logits are held at the size of the labels.
-    loss = add(_cross_entropy(student, labels, "none" if is_map else "sum") for student in _several(logits))
-    if is_map:
-        return _pixel_mean(loss, labels != -100)
-    return loss / _number(labels.sum(dim=1) > 0 if is_soft else labels != -100)
+    is_dense = labels.dim() == 3
+    # One after the other, so that only one exit's logits are interpolated to the size of the labels at a time.
+    loss = add(_cross_entropy(each, labels, "none" if is_dense else "sum") for each in as_sequence(logits))
+    if is_dense:
+        return pixel_mean(loss, labels != -100)
+    return loss / count_selected(labels.sum(dim=1) > 0 if is_soft else labels != -100)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -81,7 +81,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
 
 
-def _several(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+def as_sequence(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the logits of one or several exits as a sequence."""
     return [logits] if isinstance(logits, Tensor) else logits
 
 
@@ -92,12 +93,13 @@ def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _pixel_mean(values: Tensor, mask: Tensor) -> Tensor:
+def pixel_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` ``(batch, height, width)`` over the masked pixels of each image, then over images."""
     counts = mask.flatten(1).sum(dim=1).clamp(min=1)
     return ((values * mask).flatten(1).sum(dim=1) / counts).mean()
 
 
 def add(terms: Iterable[Tensor]) -> Tensor:
-    """Sum tensors into one; none of them gives a 0 tensor, so that a term is always a tensor."""
+    """Sum tensors; an empty sum is a zero tensor, so that a term is always a tensor."""
     terms = list(terms)
     return reduce(torch.add, terms) if terms else torch.zeros(())

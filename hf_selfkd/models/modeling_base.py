@@ -1,35 +1,39 @@
-"""What all multi-exit models share: building, initialising, saving, loading and freezing."""
+"""Base class of the multi-exit models: building, initialising, saving, loading and freezing."""
 
 import json
 import os
-from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub import create_repo
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
-from transformers.utils.hub import create_and_tag_model_card
 
+from .checkpoints import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
 from .configuration import MultiExitConfig
 from .dry_run import measure
 from .exit_policy import resolve_policy
 from .hooks import attach_hooks
-from .stages import default_exits
-from .timm_factory import create_backbone, data_config
-from .untrusted import check_new_values, check_weights, limited
-from .uploads import explained_upload
+from .loss import cross_entropy
+from .outputs import MultiExitOutput
+from .stages import Anatomy, choose_stages
+from .timm_factory import create_backbone, create_recorded, data_config
+from .untrusted import check_new_values, limited
 
-# What of the arguments of save_pretrained is about the upload.
+# The arguments of save_pretrained that are about the upload.
 _UPLOAD_ARGUMENTS = ("commit_message", "create_pr", "private", "repo_id", "revision", "token")
-# What says where the files of a checkpoint are, among the arguments of from_pretrained.
-_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class MultiExitPreTrainedModel(PreTrainedModel):
-    """What classification and segmentation share: building, initialising, saving, loading and freezing."""
+    """Base class of the classification and the segmentation model: building, initialising, saving and loading.
+
+    Args:
+        config: Configuration of the model.
+        backbone: A finished timm model for ``config.backbone``; ``None`` to build one with timm's initialisation.
+        anatomy: The structure of the backbone, if it was measured before; ``None`` to measure it.
+    """
 
     config_class = MultiExitConfig
     base_model_prefix = "backbone"
@@ -40,25 +44,47 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     model_tags = ["hf_selfkd", "timm", "image-classification", "multi-exit", "self-distillation", "early-exit"]
     task = "image-classification"
 
-    # Set by the trainer, or in your own loop: exits read detached maps, so that the backbone learns as without them.
+    # Set by Method.attach. Exits that read detached feature maps leave the training of the backbone unchanged.
     detach_exits = False
-    # Likewise: maps are part of the answer in training. Without it only the scaffold sees them.
+    # Likewise: whether feature maps are returned in training. Otherwise only the scaffold reads them.
     returns_maps = True
 
-    def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
+    def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None, anatomy: Anatomy | None = None):
         super().__init__(config)
         config.check()
         self.model_tags = list(self.model_tags)  # transformers adds to them in place
         self.backbone = backbone if backbone is not None else self._create_backbone(config.num_labels)
-        self.anatomy = measure(lambda: self._create_backbone(self.backbone.num_classes))
-        attach_hooks(self.backbone, self.anatomy)
+        self.anatomy = anatomy if anatomy is not None else measure(self.backbone)
+        attach_hooks(self.backbone, [stage.module for stage in self.anatomy.stages])
         self._backbone_frozen = False
         self.scaffold: nn.Module | None = None
-        self._shrinks: bool | None = None  # unknown until the first batch leaves early
+        self.shrinks_batch: bool | None = None  # unknown until the first batch exits early
         config.pretrained_cfg = data_config(self.backbone, config.small_input_stem) | (config.pretrained_cfg or {})
-        self.exit_stages = self._choose_exits()
+        self.exit_stages = self._choose_exit_stages()
         if config.early_exit or config.exit_policy is not None:
             resolve_policy(None, config.exit_policy, self.num_exits)
+
+    @classmethod
+    def from_backbone(cls, backbone: str, *, pretrained: bool = False, num_labels: int | None = None, **config):
+        """Build a model on a timm backbone, pretrained or not.
+
+        Args:
+            backbone: Any name that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of
+                weights is given as ``backbone_kwargs={"checkpoint_path": ...}``.
+            pretrained: Whether to load timm's weights.
+            num_labels: Number of classes; ``None`` keeps timm's classifier and, if pretrained, its label names.
+            config: Fields of :class:`MultiExitConfig`.
+
+        Raises:
+            ValueError: If ``exit_width`` would replace the pretrained classifier that ``num_labels=None`` keeps.
+        """
+        if pretrained and num_labels is None and config.get("exit_width") is not None:
+            raise ValueError(
+                "exit_width puts a new classifier on the backbone, so the pretrained one would be lost. "
+                "Give num_labels if that is intended, or leave exit_width at None."
+            )
+        built, model = create_recorded(backbone, pretrained, num_labels, config)
+        return cls(built, backbone=model)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         with limited(self.config):
@@ -70,10 +96,10 @@ class MultiExitPreTrainedModel(PreTrainedModel):
                 **self.config.backbone_kwargs,
             )
 
-    def _choose_exits(self) -> list[int]:
+    def _choose_exit_stages(self) -> list[int]:
         stages = self.anatomy.stages
         if self.config.exits is None:
-            return default_exits(stages)
+            return choose_stages(stages, include_last=False)
         for stage in self.config.exits:
             if not 0 <= stage < len(stages):
                 raise ValueError(
@@ -82,8 +108,37 @@ class MultiExitPreTrainedModel(PreTrainedModel):
                 )
         return list(self.config.exits)
 
+    def _finish(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None,
+        output_hidden_states: bool | None,
+        return_dict: bool | None,
+        *,
+        exit_logits: tuple[Tensor, ...],
+        **found: Any,
+    ) -> MultiExitOutput | tuple:
+        """Turn the outputs of all exits into the output of ``forward``: final logits, loss and scaffold.
+
+        The first four arguments are those of ``forward``; ``found`` are further fields of :class:`MultiExitOutput`.
+        """
+        logits = exit_logits[-1]
+        if self.config.ensemble and not self.training:
+            logits = torch.stack(exit_logits).mean(dim=0)
+        output = MultiExitOutput(
+            loss=None if labels is None else cross_entropy(logits, labels),
+            logits=logits,
+            exit_logits=exit_logits,
+            **found,
+        )
+        if self.training and self.scaffold is not None:
+            output.scaffold = self.scaffold(pixel_values, output)
+        if not (self.returns_maps or output_hidden_states):
+            output = replace(output, exit_maps=None, stage_outputs=None)
+        return output if return_dict is not False else output.to_tuple()
+
     def post_init(self):
-        """Finish the construction without drawing timm's initialisation again."""
+        """Finish the construction and keep timm's initialisation, which transformers would replace by its own."""
         if self.device.type != "meta":
             for module in self.modules():
                 module._is_hf_initialized = True
@@ -97,8 +152,8 @@ class MultiExitPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers calls this for what a checkpoint did not hold: buffers that are not saved, and heads for
-        # another number of classes. Weights are never left to it otherwise, see post_init.
+        # transformers calls this for tensors that a checkpoint does not hold: buffers that are not saved, and heads
+        # for another number of classes. All others keep their values, see post_init.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
         elif hasattr(module, "reset_parameters"):
@@ -118,13 +173,13 @@ class MultiExitPreTrainedModel(PreTrainedModel):
 
     @property
     def num_exits(self) -> int:
-        """Number of exits, the deepest included."""
+        """Number of exits, the final exit included."""
         return len(self.exit_stages) + 1
 
     def freeze_backbone(self) -> None:
-        """Keep the backbone as it is: no gradient, and eval mode also under ``train()``.
+        """Freeze the backbone: no gradients, and eval mode also under ``train()``.
 
-        With ``deep_supervision`` this adds exits to a finished model without changing its answers.
+        With ``deep_supervision`` this adds exits to a trained network without changing its predictions.
         """
         self._backbone_frozen = True
         self.backbone.requires_grad_(False)
@@ -133,7 +188,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     def train(self, mode: bool = True):
         """Switch between training and evaluation; a frozen backbone stays in evaluation."""
         super().train(mode)
-        self._shrinks = None
+        self.shrinks_batch = None  # weights may change
         if self._backbone_frozen:
             self.backbone.eval()
         return self
@@ -148,20 +203,21 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         use_safetensors: bool | None = None,
         **kwargs,
     ):
-        """Load a checkpoint, from safetensors only, whole or not at all. See ``PreTrainedModel.from_pretrained``.
+        """Load a complete checkpoint, from safetensors only. See ``PreTrainedModel.from_pretrained``.
 
         Args:
             pretrained_model_name_or_path: A folder or a repository of the Hub.
             args: As there.
-            ignore_mismatched_sizes: Whether weights of another shape start anew, such as those of other classes.
+            ignore_mismatched_sizes: Whether weights of another shape, such as those for other classes, are
+                initialised anew.
             output_loading_info: As there.
             use_safetensors: ``False`` is refused.
             kwargs: As there, fields of the configuration included.
 
         Raises:
             OSError: If there is no such checkpoint, or its weights are not in safetensors.
-            ValueError: If the weights cannot be read, or are those of another network than the configuration's; or if
-                the configuration asks for far more than the checkpoint holds.
+            ValueError: If the weights cannot be read or do not match the configuration, or if the configuration
+                describes a model far larger than the checkpoint.
         """
         if use_safetensors is False:
             raise ValueError("Weights are read from safetensors only. Leave out use_safetensors.")
@@ -179,29 +235,18 @@ class MultiExitPreTrainedModel(PreTrainedModel):
             )
         except SafetensorError as error:
             raise ValueError(
-                f"The weights in {source} cannot be read: {error}. The file is cut off or damaged; get it again."
+                f"The weights in {source} cannot be read: {error}. The file is truncated or corrupt."
             ) from error
-        missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        if missing or extra:
-            raise ValueError(
-                f"The weights in {source} are of another network than its configuration: they lack {shorten(missing)} "
-                f"and hold {shorten(extra)} beside it. Load them with the configuration they were saved with."
-            )
-        if info["mismatched_keys"] and not ignore_mismatched_sizes:
-            name, stored, wanted = min(info["mismatched_keys"])
-            raise ValueError(
-                f"The weights in {source} have other shapes than the model: {name} {tuple(stored)} instead of "
-                f"{tuple(wanted)} ({len(info['mismatched_keys'])} names in all). With ignore_mismatched_sizes=True "
-                "they start anew."
-            )
+        check_loaded(source, info, ignore_mismatched_sizes)
         if source is not None and kwargs.get("state_dict") is None:
-            model.check_exits(source, **{name: kwargs[name] for name in _WHERE if name in kwargs})
+            model.check_exits(source, **{name: kwargs[name] for name in LOCATION_ARGUMENTS if name in kwargs})
         return (model, info) if output_loading_info else model
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
+        # Private, because no public method is called between reading a checkpoint and allocating what it lacks.
         tables = {name for name, _ in model.named_non_persistent_buffers()}
-        check_new_values(model, loading_info.missing_and_mismatched() | tables)  # before they are made
+        check_new_values(model, loading_info.missing_and_mismatched() | tables)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(
@@ -212,76 +257,43 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Save what ships, in safetensors: never the scaffold. See ``PreTrainedModel.save_pretrained``.
+        """Save the inference weights in safetensors, without the scaffold. See ``PreTrainedModel.save_pretrained``.
 
-        With ``push_to_hub`` the folder is complete before anything is sent. ``repo_id``, ``private``, ``token``,
-        ``revision``, ``create_pr`` and ``commit_message`` say how, as in :meth:`push_to_hub`.
-
-        Raises:
-            OSError: If the upload failed.
+        With ``push_to_hub`` the folder is complete before the upload starts. ``repo_id``, ``private``, ``token``,
+        ``revision``, ``create_pr`` and ``commit_message`` are those of :meth:`push_to_hub`.
         """
         target = {name: kwargs.pop(name) for name in _UPLOAD_ARGUMENTS if name in kwargs}
         before = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         state_dict = self.state_dict() if state_dict is None else state_dict
-        shipped = {name: tensor for name, tensor in state_dict.items() if not name.startswith("scaffold.")}
-        super().save_pretrained(save_directory, is_main_process, shipped, **kwargs)
+        weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith("scaffold.")}
+        super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
         if is_main_process and os.path.isdir(save_directory):
             self._save_image_processor(save_directory)
             if push_to_hub:
-                self._upload(save_directory, before, **target)
+                upload(self, save_directory, before, **target)
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
-        """Write preprocessor_config.json, for tools that do not look into config.json."""
+        """Write preprocessor_config.json, for tools that do not read config.json."""
         names = ("image_processor_type", "pretrained_cfg")
         with open(os.path.join(folder, IMAGE_PROCESSOR_NAME), "w", encoding="utf-8") as file:
             json.dump({name: getattr(self.config, name) for name in names}, file, indent=2)
             file.write("\n")
 
-    def _upload(
-        self,
-        folder: str | os.PathLike,
-        before: dict[str, float],
-        repo_id: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        **kwargs,
-    ) -> None:
-        """Upload what changed in a folder since ``before``, and its card: the folder's own, or a short one."""
-        repo_id = os.path.basename(os.path.abspath(folder)) if repo_id is None else repo_id
-        with explained_upload(repo_id, f"{folder} is complete."):
-            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            card = os.path.join(folder, "README.md")
-            before.pop("README.md", None)
-            if not os.path.isfile(card):
-                create_and_tag_model_card(repo_id, self.model_tags, token=token).save(card)
-            self._upload_modified_files(folder, repo_id, before, token=token, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Upload all that loading needs, this library not included. See ``PreTrainedModel.push_to_hub``.
-
-        Raises:
-            OSError: If the upload failed.
-        """
-        with explained_upload(repo_id, "The model is as it was."):
-            return super().push_to_hub(repo_id, **kwargs)
-
-    def check_exits(self, source, **where: Any) -> None:
-        """Raise ValueError if the exits of a checkpoint sit at other stages, which shapes alone do not tell.
+    def check_exits(self, source, **location: Any) -> None:
+        """Check that the exits of a checkpoint sit at the stages of this model's, which shapes alone do not show.
 
         Args:
             source: A folder or a repository of the Hub.
-            where: As ``from_pretrained`` takes it.
+            location: Arguments of ``from_pretrained`` that say where its files are.
+
+        Raises:
+            ValueError: If they sit at other stages.
         """
-        fields, _ = self.config_class.get_config_dict(source, **where)
-        exits = fields.get("exits")
-        stages = default_exits(self.anatomy.stages) if exits is None else list(exits)
-        if stages != self.exit_stages:
+        fields, _ = self.config_class.get_config_dict(source, **location)
+        stored = fields.get("exits")
+        stored = choose_stages(self.anatomy.stages, include_last=False) if stored is None else list(stored)
+        if stored != self.exit_stages:
             raise ValueError(
-                f"The exits of {source} sit at stages {stages}, those of the model at {self.exit_stages}. Weights do "
-                "not fit at other stages, whatever their shapes: load it with the exits it was saved with."
+                f"The exits of {source} sit at stages {stored}, those of the model at {self.exit_stages}. Weights of "
+                "exits at other stages do not fit, whatever their shapes: load it with the exits it was saved with."
             )
-
-
-def shorten(names: Collection[str]) -> str:
-    """List the first few of many names, and count them."""
-    return f"{', '.join(list(names)[:3]) or 'nothing'} ({len(names)} names in all)"

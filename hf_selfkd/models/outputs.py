@@ -1,4 +1,4 @@
-"""What a multi-exit model answers: the contract between models and methods."""
+"""Outputs of multi-exit models: the contract between models and methods."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,21 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class MultiExitOutput(ModelOutput):
-    """The answer of every exit. All tuples run over exits or stages, shallow to deep.
+    """Outputs of all exits. All tuples run over exits or stages, first to last.
 
     Args:
-        loss: Cross-entropy of the deepest exit, a scalar; only when labels were given.
-        logits: ``(batch, classes)`` of the deepest exit (in eval mode the mean over exits, if ``config.ensemble``);
+        loss: Cross-entropy of ``logits``, a scalar; only if labels were given.
+        logits: ``(batch, classes)`` of the final exit (in eval mode the mean over exits, if ``config.ensemble``);
             for segmentation ``(batch, classes, height, width)``.
-        exit_logits: One tensor like ``logits`` per exit, the deepest included.
+        exit_logits: One tensor like ``logits`` per exit, the final exit included.
         exit_features: Pooled vectors that enter each exit's classifier, each ``(batch, exit_width)``; for
             classification only.
-        exit_maps: Maps of all stages, for segmentation of all levels of the pyramid, each ``(batch, channels, height,
-            width)``; in training unless ``model.returns_maps`` is false, or with ``output_hidden_states=True``.
-        stage_outputs: What the stages handed on, in the backbone's own layout and with prefix tokens, from which
-            ``exit_maps`` are views; when these are given, for classification only.
-        scaffold: What ``model.scaffold`` returned, in training only.
+        exit_maps: Feature maps of all stages, for segmentation of all levels of the pyramid, each ``(batch, channels,
+            height, width)``; in training unless ``model.returns_maps`` is false, or with
+            ``output_hidden_states=True``.
+        stage_outputs: Raw outputs of the stages, in the backbone's own layout and with prefix tokens, of which
+            ``exit_maps`` are views; given together with these, for classification only.
+        scaffold: Outputs of ``model.scaffold``, the modules used only in training.
     """
 
     loss: Tensor | None = None
@@ -46,11 +47,11 @@ class MultiExitOutput(ModelOutput):
 
 @dataclass
 class EarlyExitOutput(ModelOutput):
-    """The answer of the exit at which each image left.
+    """Outputs of the exit that each image took.
 
     Args:
         logits: ``(batch, classes)``, rows in the order of the input.
-        exit_index: ``(batch,)``, the exit each image left at, from 0, shallow to deep.
+        exit_index: ``(batch,)``, the exit of each image, from 0, first to last.
         confidence: ``(batch,)`` in [0, 1], the largest softmax probability at that exit, after its temperature.
     """
 

@@ -1,4 +1,4 @@
-"""From a multi-exit model back to a plain timm checkpoint."""
+"""Export of a multi-exit model's backbone as a plain timm checkpoint."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from torch import nn
 from .configuration import MultiExitConfig
 from .timm_quirks import copy_module
 
-# What timm's transforms are made from.
+# The fields that timm builds its transforms from.
 _TRANSFORMS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -21,11 +21,11 @@ def save_timm_checkpoint(backbone: nn.Module, config: MultiExitConfig, folder: s
 
     Args:
         backbone: A timm model, with the projection in front of its classifier that ``exit_width`` may have put there.
-        config: What it was built from.
-        folder: Where to write; made if it is not there.
+        config: Its configuration.
+        folder: Output folder; created if it does not exist.
 
     Raises:
-        ValueError: If timm has no architecture that computes what the backbone computes.
+        ValueError: If timm has no equal architecture, or the folder holds a multi-exit model.
     """
     if config.small_input_stem:
         raise ValueError(
@@ -48,14 +48,14 @@ def save_timm_checkpoint(backbone: nn.Module, config: MultiExitConfig, folder: s
         safe_serialization=True,
     )
     fields = _read(path)
-    fields["model_args"].pop("num_classes", None)  # said elsewhere too, and transformers stumbles over a second one
+    fields["model_args"].pop("num_classes", None)  # also stored elsewhere, and transformers fails on a second one
     with open(path, "w") as file:
         json.dump(fields, file, indent=2)
 
 
 @torch.no_grad()
 def _fold_projection(backbone: nn.Module) -> None:
-    """Make one linear layer of the projection and classifier that ``exit_width`` builds, summed in float64."""
+    """Fold the projection and the classifier of ``exit_width`` into one linear layer, multiplied in float64."""
     classifier = backbone.get_classifier()
     classifier = classifier.fc if isinstance(classifier, ClassifierHead) else classifier
     if not isinstance(classifier, nn.Sequential):
@@ -69,7 +69,7 @@ def _fold_projection(backbone: nn.Module) -> None:
 
 
 def _separate(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    """Copy every tensor: safetensors takes neither shared ones (coat) nor views."""
+    """Copy every tensor: safetensors accepts neither shared tensors (coat) nor views."""
     state.update({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()})
 
 

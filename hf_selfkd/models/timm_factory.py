@@ -1,7 +1,6 @@
-"""From the name of a timm model to a backbone for exits, and the configuration that rebuilds it."""
+"""Backbones from timm names, and the configurations that rebuild them."""
 
 import copy
-import difflib
 from typing import Any
 
 import timm
@@ -10,6 +9,7 @@ from timm.models import get_arch_pretrained_cfgs, parse_model_name
 from torch import nn
 
 from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
+from .did_you_mean import did_you_mean
 from .dry_run import input_shape
 from .timm_quirks import _STEM_POOLS
 
@@ -20,10 +20,10 @@ def create_backbone(
     """Create a timm model that exits can be attached to.
 
     Args:
-        name: What ``timm.create_model`` takes.
+        name: Any name that ``timm.create_model`` takes.
         num_classes: Number of classes, ``None`` for timm's own.
         small_input_stem: Whether to replace the stem by one for 32-pixel images.
-        exit_width: Width to project the pre-logits to, ``None`` to leave them alone.
+        exit_width: Width to project the pre-logits to, ``None`` to keep them.
         kwargs: Passed to ``timm.create_model``.
 
     Raises:
@@ -41,7 +41,7 @@ def create_backbone(
         )
     if not hasattr(backbone, "get_classifier"):
         raise ValueError(
-            f"timm model '{name}' is an encoder without a classifier, so it has no deepest exit. Choose a model "
+            f"timm model '{name}' is an encoder without a classifier, so it has no final exit. Choose a model "
             f"with get_classifier(){_classifier_of(name)}."
         )
     if backbone.num_classes == 0:
@@ -54,17 +54,14 @@ def create_backbone(
 
 
 def _check_name(name: str) -> None:
-    """Raise if a name without a source such as ``hf-hub:`` is not among timm's architectures and their tags."""
+    """Raise ValueError for an unknown architecture or tag in a name without a source such as ``hf-hub:``."""
     source, architecture = parse_model_name(name)
     architecture, _, tag = architecture.partition(".")
     if source is not None:
         return
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise ValueError(
-            f"Unknown timm model '{name}'. "
-            + (f"Did you mean {' or '.join(repr(match) for match in near)}?" if near else "See timm.list_models().")
-        )
+        hint = did_you_mean(architecture, timm.list_models()) or " See timm.list_models()."
+        raise ValueError(f"Unknown timm model '{name}'.{hint}")
     tags = [known.partition(".")[2] for known in get_arch_pretrained_cfgs(architecture)]
     if tag and tag not in tags:
         raise ValueError(f"timm model '{architecture}' has no tag '{tag}'. Available: {', '.join(tags) or 'none'}.")
@@ -76,7 +73,7 @@ def _classifier_of(name: str) -> str:
 
 
 def _shrink_stem(backbone: nn.Module, name: str) -> None:
-    """Make the first convolution 3x3 with stride 1, keeping its weights if it is 3x3, and drop the pooling behind."""
+    """Make the first convolution 3x3 with stride 1 and remove the pooling after it; 3x3 weights are kept."""
     path = backbone.pretrained_cfg.get("first_conv")
     conv = backbone.get_submodule(path) if isinstance(path, str) else None
     if not isinstance(conv, nn.Conv2d) or conv.stride in ((1, 1), conv.kernel_size):
@@ -97,7 +94,7 @@ def _shrink_stem(backbone: nn.Module, name: str) -> None:
 
 
 def _project_features(backbone: nn.Module, name: str, width: int) -> None:
-    """Put a linear projection to ``width`` and a new classifier in the place of the classifier (LSH, section 3.1)."""
+    """Replace the classifier by a linear projection to ``width`` and a new classifier (LSH, section 3.1)."""
     classifier = backbone.get_classifier()
     classifier = classifier.fc if isinstance(classifier, ClassifierHead) else classifier
     if not isinstance(classifier, nn.Linear):
@@ -113,7 +110,7 @@ def _project_features(backbone: nn.Module, name: str, width: int) -> None:
 
 
 def data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
-    """Return what timm's ``resolve_data_config`` reads, as JSON has it."""
+    """Return the data configuration that timm's ``resolve_data_config`` reads, in JSON types."""
     keys = ("architecture", "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "fixed_input_size")
     cfg = {key: backbone.pretrained_cfg[key] for key in keys if key in backbone.pretrained_cfg}
     channels, *size = input_shape(backbone)
@@ -127,19 +124,18 @@ def data_config(backbone: nn.Module, small_input_stem: bool) -> dict[str, Any]:
 
 
 def create_recorded(
-    name: str, pretrained: bool, num_labels: int | None, fields: dict[str, Any], exit_width: int | None = None
+    name: str, pretrained: bool, num_labels: int | None, fields: dict[str, Any]
 ) -> tuple[MultiExitConfig, nn.Module]:
     """Build a timm model, and the configuration that rebuilds it.
 
     Args:
-        name: All that ``timm.create_model`` takes.
-        pretrained: Whether to fetch timm's weights.
+        name: Any name that ``timm.create_model`` takes.
+        pretrained: Whether to load timm's weights.
         num_labels: Number of classes; ``None`` keeps timm's classifier and, if pretrained, its label names.
         fields: Fields of :class:`MultiExitConfig`.
-        exit_width: Of the pre-logits, see :func:`create_backbone`.
 
     Raises:
-        ValueError: If ``fields`` give the number of classes a second time.
+        ValueError: If ``fields`` set the number of classes a second time.
     """
     fields = dict(fields)
     given = dict(fields.pop("backbone_kwargs", None) or {})
@@ -149,7 +145,7 @@ def create_recorded(
         name,
         num_classes=num_labels,
         small_input_stem=fields.get("small_input_stem", False),
-        exit_width=exit_width,
+        exit_width=fields.get("exit_width"),
         pretrained=pretrained,
         **given,
     )
@@ -160,11 +156,11 @@ def create_recorded(
 
 
 def describe(backbone: nn.Module, name: str, pretrained: bool, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a configuration that rebuild the backbone, with what a Hub repository brought.
+    """Return the fields of a configuration that rebuild the backbone, including arguments from a Hub repository.
 
     Args:
-        backbone: What timm built.
-        name: What it was built from; of a Hub repository or folder the tag is not timm's and left out.
+        backbone: A model that timm built.
+        name: Its name; the tag of a Hub repository or folder is not timm's and is left out.
         pretrained: Whether it has the weights that its tag names.
         given: The arguments it was built with.
     """
@@ -175,13 +171,13 @@ def describe(backbone: nn.Module, name: str, pretrained: bool, given: dict[str, 
     return {
         "backbone": f"{architecture}.{tag}" if pretrained and tag and ":" not in name else architecture,
         "backbone_kwargs": copy.deepcopy(kept),
-        # Where transformers notes what a model was loaded from; the model card calls it the base model.
+        # Where transformers records the source of a model; the model card calls it the base model.
         "name_or_path": (backbone.pretrained_cfg.get("hf_hub_id") or "") if pretrained and not from_file else "",
     }
 
 
 def label_names(backbone: nn.Module) -> dict[str, Any] | None:
-    """Return ImageNet's label names where timm knows that the weights answer with them."""
+    """Return ImageNet's label names if timm knows that the weights were trained on its classes."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     cfg = backbone.pretrained_cfg

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from ..methods import Method
-from ..models.modeling_base import shorten
+from ..models.checkpoints import shorten
 from .averaging import WeightAverage
 from .checkpoints import (
     AVERAGE_NAME,

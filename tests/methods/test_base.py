@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from hf_selfkd import Method, get_method, list_methods
-from hf_selfkd.methods.base import _METHODS
 
 
 @pytest.fixture
-def own_method():
+def own_method(own_methods):
     """A method that a user defines in a notebook."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -21,11 +20,10 @@ def own_method():
         def __call__(self, output, labels, epoch):
             return {"label": self.weight * output.exit_logits[-1].sum()}
 
-    yield Own
-    del _METHODS["own"]
+    return Own
 
 
-def test_a_method_is_found_by_being_there(own_method):
+def test_defining_a_method_registers_it(own_method):
     assert "own" in list_methods()
     assert list_methods() == sorted(list_methods())
     method = get_method("own", weight=2.0)
@@ -72,9 +70,8 @@ def test_fewer_exits_than_a_method_needs(build, name):
 
 
 def test_a_method_without_a_loss_says_so():
-    class Empty(Method):
+    class Empty(Method, registered=False):
         name = "empty"
 
     with pytest.raises(TypeError, match="Empty must define __call__"):
         Empty()(None, torch.zeros(1), 0.0)
-    del _METHODS["empty"]

@@ -5,7 +5,6 @@ from torchvision.transforms import v2
 
 from hf_selfkd import Method, get_method, list_methods
 from hf_selfkd.functional import hash_projection
-from hf_selfkd.methods import base, registry
 from hf_selfkd.methods.combination import Combination
 
 
@@ -111,9 +110,7 @@ def test_scaffolds_stand_beside_each_other(build, batch):
     assert list(terms) == ["eed/label", "eed/logit", "eed/feature", "lsh/feature", "lsh/hash", "kd/logit"]
 
 
-def test_each_prepares_its_own_scaffold_from_all_batches(build, train, monkeypatch):
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
-    monkeypatch.setattr(registry, "_METHODS", base._METHODS)
+def test_each_prepares_its_own_scaffold_from_all_batches(build, train, own_methods):
     seen = {}
 
     class Counting(Method):
@@ -160,7 +157,7 @@ def test_trains_on_mixed_images(build, train):
 def test_errors(exits_of_vectors):
     with pytest.raises(ValueError, match="Unknown method 'lhs'. Did you mean 'lsh'"):
         get_method("eed+lhs")
-    with pytest.raises(ValueError, match="A combination names each method once, but got 'eed[+]eed'"):
+    with pytest.raises(ValueError, match="A combination takes each method once, but got 'eed[+]eed'"):
         get_method("eed+eed")
     with pytest.raises(
         ValueError, match="eed[+]lsh has no hyper-parameter 'eeed'. Did you mean 'eed'. Available: eed"

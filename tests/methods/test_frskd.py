@@ -5,7 +5,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageClassification
 
 from hf_selfkd import MultiExitOutput, get_method
-from hf_selfkd.methods.frskd import _choose_stages
 
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
@@ -168,13 +167,6 @@ def test_evaluation_never_runs_the_self_teacher(build_with_teacher, batch, confi
 def test_stages_of_hierarchical_backbones(build_with_teacher, config, stages):
     model, _ = build_with_teacher(**config)
     assert model.scaffold.stages == stages
-
-
-def test_choice_of_stages():
-    assert _choose_stages([(16, 16)] * 12) == [2, 5, 8, 11]
-    assert _choose_stages([(16, 16)] * 2) == [0, 1]
-    assert _choose_stages([(112, 56), (56, 28), (28, 14), (14, 7), (14, 7), (7, 4)]) == [1, 2, 4, 5]
-    assert _choose_stages([(8, 8), (4, 4)]) == [0, 1]
 
 
 def test_reads_the_maps_of_the_model(build_with_teacher, batch):

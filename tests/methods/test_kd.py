@@ -74,7 +74,7 @@ def test_to_dict_keeps_the_teacher_itself(teacher):
 def test_errors(build, exits_of_vectors):
     with pytest.raises(ValueError, match=r"KD needs a teacher, but got teacher=None.*get_method\('kd', teacher="):
         get_method("kd").scaffold(build())
-    with pytest.raises(ValueError, match="KD was called without its teacher's answer. Train with SelfDistillationTr"):
+    with pytest.raises(ValueError, match="KD was called without the logits of its teacher. Train with SelfDis"):
         get_method("kd")(*exits_of_vectors, 0.0)
     with pytest.raises(ValueError, match="KD needs 0 <= alpha <= 1, but got alpha=2"):
         get_method("kd", alpha=2)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import one_hot
 
 from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, get_method
-from hf_selfkd.functional import hash_loss, hash_projection, is_right, masked_mean, median_bias, mse, squared_error
+from hf_selfkd.functional import hash_loss, hash_projection, is_correct, masked_mean, median_bias, mse, squared_error
 from hf_selfkd.methods.lsh import LSH
 from tests.helpers.processes import run_in_processes
 
@@ -75,7 +75,7 @@ def test_mimicking_terms(vector, name, terms):
     assert sum(found[term] for term in terms or ["feature", "hash"]).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_only_where_the_teacher_is_right(vector):
+def test_only_where_the_teacher_is_correct(vector):
     inputs, expected = vector("lsh.teacher_correct_only")
     terms = get_method("lsh", teacher="a teacher", mimic_weight=1.0)(output_of(inputs), inputs["labels"], 0.0)
     assert terms["hash"].item() == pytest.approx(expected["lsh"].item(), abs=1e-5)
@@ -146,9 +146,14 @@ def test_float32_under_autocast():
 
 def test_right_answers():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    assert is_right(logits, torch.tensor([0, 0, -100, 0])).tolist() == [True, False, False, True]
+    assert is_correct(logits, torch.tensor([0, 0, -100, 0])).tolist() == [True, False, False, True]
     tie, nothing = [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]
-    assert is_right(logits, torch.tensor([tie, tie, nothing, [0.4, 0.6, 0.0]])).tolist() == [True, True, False, False]
+    assert is_correct(logits, torch.tensor([tie, tie, nothing, [0.4, 0.6, 0.0]])).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_errors_per_sample_and_masked_mean():
@@ -215,7 +220,7 @@ def test_planes(build, teacher):
 
 def test_a_student_of_another_width_gets_a_projection_that_ships(build, teacher, batch, tmp_path):
     method = get_method("lsh", teacher=teacher, bias="zero")
-    with pytest.raises(ValueError, match="which are 96 wide, but the model's are 64 wide. Build .* exit_width=96"):
+    with pytest.raises(ValueError, match="which have width 96, but the model's have width 64. Build .* exit_width=96"):
         method.scaffold(build("test_vit"))
     model = build("test_vit", exit_width=96).train()
     model.scaffold = method.scaffold(model)
@@ -245,7 +250,7 @@ def test_medians_are_those_of_the_training_set(build, teacher, images, train):
     for method in (get_method("lsh", teacher=teacher, bias="zero"), get_method("lsh")):
         method.prepare(model, [{"pixel_values": torch.zeros(2, 3, 32, 32)}])
         assert not fresh.bias.any()
-    with pytest.raises(ValueError, match="LSH got no training batches to find medians in"):
+    with pytest.raises(ValueError, match="LSH got no training batches to compute medians from"):
         get_method("lsh", teacher=teacher).prepare(model, [])
 
 
@@ -381,7 +386,7 @@ def test_to_dict_keeps_the_teacher_itself(teacher):
 def test_errors(build, exits_of_vectors):
     with pytest.raises(ValueError, match="LSH needs mimic_weight >= 0, but got mimic_weight=-1"):
         get_method("lsh", mimic_weight=-1)
-    with pytest.raises(ValueError, match="LSH needs a positive whole number of hashes, but got num_hashes=0.5"):
+    with pytest.raises(ValueError, match="LSH needs a positive integer as num_hashes, but got num_hashes=0.5"):
         get_method("lsh", num_hashes=0.5)
     with pytest.raises(ValueError, match="LSH needs hash_std > 0, but got hash_std=0"):
         get_method("lsh", hash_std=0)

@@ -12,8 +12,8 @@ from hf_selfkd.functional import (
     cosine_overlap,
     cross_entropy,
     disagreement,
+    gated_sum,
     gram_overlap,
-    mix,
     sigmoid_ramp,
     soften_kl,
 )
@@ -84,7 +84,7 @@ def test_okddip_attention(vector):
     queries, keys = features @ inputs["Wq"].T, features @ inputs["Wk"].T
     attention = (queries @ keys.transpose(1, 2)).softmax(dim=-1)
     close(attention, expected["attention"])
-    targets = [mix(inputs["peer_logits"].unbind(), gates) for gates in attention.unbind(dim=1)]
+    targets = [gated_sum(inputs["peer_logits"].unbind(), gates) for gates in attention.unbind(dim=1)]
     close(torch.stack(targets), expected["targets"])
 
 
@@ -94,7 +94,7 @@ def test_okddip_total(vector):
     features = vector("okd.okddip_attention")[0]
     attention = torch.stack(vector("okd.okddip_attention")[1]["attention"].unbind(dim=1))
     assert torch.equal(features["peer_logits"], inputs["peer_logits"])
-    targets = [mix(peers, gates) for gates in attention]
+    targets = [gated_sum(peers, gates) for gates in attention]
     total = add(cross_entropy(logits, labels) for logits in [*peers, leader])
     total += 0.5 * add(soften_kl(logits, target, 3.0) for logits, target in zip(peers, targets, strict=True))
     total += 0.5 * soften_kl(leader, torch.stack(peers).mean(dim=0), 3.0)
@@ -104,7 +104,7 @@ def test_okddip_total(vector):
 def test_one_total_is_this_method_without_diversification(vector):
     inputs, expected = vector("okd.one_total")
     students, labels = inputs["branch_logits"].unbind(), inputs["labels"]
-    ensemble = mix(students, inputs["gates"])
+    ensemble = gated_sum(students, inputs["gates"])
     close(ensemble, expected["ensemble_logits"])
     # Half the distillation: the epoch at which the ramp is 0.5.
     terms = get_method("okd_mde")(with_students(students, ensemble), labels, epoch=1000)
@@ -147,7 +147,7 @@ def test_cosine_overlap(vector):
 
 def test_ensemble(vector):
     inputs, expected = vector("okdmde.ensemble")
-    close(mix(inputs["student_logits"].unbind(), inputs["fused_gate_weights"]), expected)
+    close(gated_sum(inputs["student_logits"].unbind(), inputs["fused_gate_weights"]), expected)
 
 
 @pytest.mark.parametrize("name", ["okdmde.total.ramp1_cd5e-08", "okdmde.total.ramp0.5_cd0.01"])
@@ -156,7 +156,7 @@ def test_total(vector, name):
     students = inputs["student_logits"].unbind()
     output = with_students(
         students,
-        mix(students, inputs["fused_gate_weights"]),
+        gated_sum(students, inputs["fused_gate_weights"]),
         gram_overlap(inputs["classifier_weights_KxC"].unbind()),
     )
     method = get_method("okd_mde", overlap_weight=inputs["lam_cd"].item(), temperature=inputs["temperature"].item())
@@ -209,7 +209,7 @@ def test_gates_add_up_to_one_and_depend_on_every_student():
 
 def test_equal_gates_give_the_mean():
     logits = torch.randn(3, 4, 5)
-    close(mix(logits.unbind(), torch.full((4, 3), 1 / 3)), logits.mean(dim=0))
+    close(gated_sum(logits.unbind(), torch.full((4, 3), 1 / 3)), logits.mean(dim=0))
 
 
 def test_orthogonal_classifiers_do_not_overlap_and_have_a_finite_gradient():
@@ -263,7 +263,7 @@ def test_distillation_teaches_students_and_label_loss_teaches_fusion(trained, ba
 
 def test_no_distillation_where_all_students_agree():
     logits = torch.randn(4, 5)
-    output = with_students([logits] * 3, mix([logits] * 3, torch.rand(4, 3).softmax(dim=1)))
+    output = with_students([logits] * 3, gated_sum([logits] * 3, torch.rand(4, 3).softmax(dim=1)))
     assert get_method("okd_mde")(output, torch.arange(4), 80.0)["logit"].abs() < 1e-6
 
 
@@ -318,7 +318,7 @@ def test_a_policy_does_not_move_to_another_branch(trained):
 
 def test_exits_behind_the_branching_point_keep_a_branch_from_standing_alone(trained):
     method, model = trained("test_vit", exits=[1, 4])
-    with pytest.raises(ValueError, match=r"Branches begin behind stage 3, but the model has exits at \[1, 4\]. Build"):
+    with pytest.raises(ValueError, match=r"Branches begin after stage 3, but the model has exits at \[1, 4\]. Build"):
         model.scaffold.to_model(model, 1)
 
 
@@ -400,7 +400,7 @@ def test_called_without_students(exits_of_vectors):
     ("hyper_parameter", "words"),
     [
         ({"num_students": 1}, "OKDMDE needs num_students >= 2, but got num_students=1"),
-        ({"num_students": 2.5}, "OKDMDE needs a whole number of students, but got num_students=2.5"),
+        ({"num_students": 2.5}, "OKDMDE needs an integer as num_students, but got num_students=2.5"),
         ({"temperature": 0}, "OKDMDE needs temperature > 0, but got temperature=0"),
         ({"ramp_epochs": 0}, "OKDMDE needs ramp_epochs > 0, but got ramp_epochs=0"),
         ({"overlap": "l2"}, "OKDMDE needs overlap 'gram' or 'cosine', but got overlap='l2'"),

@@ -55,22 +55,22 @@ def conv_classifier():
 def test_answers_like_the_network_with_what_enters_its_classifier(build, batch, create, width):
     network = create().train()
     teacher = Teacher(network, build(), with_features=True)
-    answer = teacher.answer(batch["pixel_values"])
+    predicted = teacher.predict(batch["pixel_values"])
     logits = network(batch["pixel_values"])
     logits = logits if isinstance(logits, torch.Tensor) else logits.logits
-    assert torch.equal(answer["teacher_logits"], logits)
-    assert answer["teacher_features"].shape == (8, width) and teacher.num_features == width
+    assert torch.equal(predicted["teacher_logits"], logits)
+    assert predicted["teacher_features"].shape == (8, width) and teacher.num_features == width
     weight, bias = list(network.parameters())[-2:]
-    torch.testing.assert_close(answer["teacher_features"] @ weight.flatten(1).T + bias, logits)
+    torch.testing.assert_close(predicted["teacher_features"] @ weight.flatten(1).T + bias, logits)
 
 
 def test_of_a_multi_exit_model_the_deepest_exit_teaches(build, batch):
     network = build(exit_width=24, ensemble=True).eval()
-    answer = Teacher(network, build(), with_features=True).answer(batch["pixel_values"])
+    predicted = Teacher(network, build(), with_features=True).predict(batch["pixel_values"])
     output = network(batch["pixel_values"])
-    assert torch.equal(answer["teacher_logits"], output.exit_logits[-1])
-    assert torch.equal(answer["teacher_features"], output.exit_features[-1])
-    assert not torch.equal(answer["teacher_logits"], output.logits)
+    assert torch.equal(predicted["teacher_logits"], output.exit_logits[-1])
+    assert torch.equal(predicted["teacher_features"], output.exit_features[-1])
+    assert not torch.equal(predicted["teacher_logits"], output.logits)
 
 
 def test_is_frozen_and_in_eval_mode_also_in_training(build, batch):
@@ -100,17 +100,17 @@ def test_works_in_the_precision_of_the_run(build, batch):
     model = build()
     teacher = Teacher(resnet(), model, with_features=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert teacher.answer(batch["pixel_values"])["teacher_logits"].dtype == torch.bfloat16
-    assert teacher.answer(batch["pixel_values"].bfloat16())["teacher_logits"].dtype == torch.float32
+        assert teacher.predict(batch["pixel_values"])["teacher_logits"].dtype == torch.bfloat16
+    assert teacher.predict(batch["pixel_values"].bfloat16())["teacher_logits"].dtype == torch.float32
 
 
 def test_copies_and_pickles_and_listens_once_per_network(build, batch):
     model, network = build(), resnet()
     first, second = (Teacher(network, model, with_features=True) for _ in range(2))
     assert len(network.get_classifier()._forward_pre_hooks) == 1
-    expected = first.answer(batch["pixel_values"])["teacher_features"]
+    expected = first.predict(batch["pixel_values"])["teacher_features"]
     for teacher in (second, copy.deepcopy(second), pickle.loads(pickle.dumps(second))):
-        assert torch.equal(teacher.answer(batch["pixel_values"])["teacher_features"], expected)
+        assert torch.equal(teacher.predict(batch["pixel_values"])["teacher_features"], expected)
 
 
 def test_loads_folders_of_every_kind(build, batch, tmp_path):
@@ -120,15 +120,15 @@ def test_loads_folders_of_every_kind(build, batch, tmp_path):
     vit.save_pretrained(tmp_path / "vit")
     teacher = Teacher(str(tmp_path / "multi_exit"), model)
     expected = multi_exit.eval()(batch["pixel_values"]).logits
-    torch.testing.assert_close(teacher.answer(batch["pixel_values"])["teacher_logits"], expected)
+    torch.testing.assert_close(teacher.predict(batch["pixel_values"])["teacher_logits"], expected)
     teacher = Teacher(str(tmp_path / "vit"), model)
     expected = vit.eval()(batch["pixel_values"]).logits
-    torch.testing.assert_close(teacher.answer(batch["pixel_values"])["teacher_logits"], expected)
+    torch.testing.assert_close(teacher.predict(batch["pixel_values"])["teacher_logits"], expected)
     network = resnet()
     save_for_hf(network, tmp_path / "timm")
     expected = network.eval()(batch["pixel_values"])
     teacher = Teacher(str(tmp_path / "timm"), model, with_features=True)
-    torch.testing.assert_close(teacher.answer(batch["pixel_values"])["teacher_logits"], expected)
+    torch.testing.assert_close(teacher.predict(batch["pixel_values"])["teacher_logits"], expected)
     assert teacher.num_features == 96
 
 
@@ -148,25 +148,25 @@ def test_a_timm_name_brings_its_weights(build, monkeypatch):
 
 def test_errors_say_what_to_do(build):
     model = build()
-    with pytest.raises(ValueError, match="'resnet5' is no folder, no Hub repository .* Did you mean 'resnet50'"):
+    with pytest.raises(ValueError, match="'resnet5' is neither a folder, a Hub repository .* Did you mean 'resnet50'"):
         Teacher("resnet5", model)
     with pytest.raises(TypeError, match="teacher must be a timm model, .* or the name of one, but got Linear"):
         Teacher(torch.nn.Linear(2, 5), model)
-    with pytest.raises(ValueError, match="The teacher knows 7 classes, but the model has 5. Give a teacher"):
+    with pytest.raises(ValueError, match="The teacher has 7 classes, but the model has 5. Give a teacher"):
         Teacher(timm.create_model("test_resnet", num_classes=7), model)
-    with pytest.raises(ValueError, match="shares weights with the model that is to learn. Give a copy"):
+    with pytest.raises(ValueError, match="shares weights with the model in training. Give a copy"):
         Teacher(model.backbone, model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     teacher = Teacher(resnet(), model)
     images, maps = torch.zeros(1, 3, 32, 32), torch.zeros(1, 5, 8, 8)
-    with pytest.raises(ValueError, match=r"shaped \(1, 5\), the model with \(1, 5, 8, 8\). Teachers are for image cl"):
+    with pytest.raises(ValueError, match=r"shaped \(1, 5\), the model logits shaped \(1, 5, 8, 8\). Teachers are"):
         teacher(images, MultiExitOutput(logits=maps))
 
 
 @pytest.mark.parametrize("create", [distilled, lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**TINY_VIT))])
 def test_two_classifiers_have_logits_but_no_one_feature(build, batch, create):
     network = create()
-    answer = Teacher(network, build()).answer(batch["pixel_values"])
-    assert answer.keys() == {"teacher_logits"} and answer["teacher_logits"].shape == (8, 5)
+    predicted = Teacher(network, build()).predict(batch["pixel_values"])
+    assert predicted.keys() == {"teacher_logits"} and predicted["teacher_logits"].shape == (8, 5)
     with pytest.raises(ValueError, match="has 2 of them. Choose a teacher with one linear classifier"):
         Teacher(network, build(), with_features=True)

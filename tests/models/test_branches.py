@@ -173,13 +173,13 @@ def test_a_network_that_goes_around_the_stage_is_refused(build):
     model = build("test_resnet")
     model.backbone.layer4[0].register_forward_pre_hook(lambda module, args: (args[0] + model.backbone.seen.mean(),))
     model.backbone.conv1.register_forward_hook(lambda module, args, output: setattr(model.backbone, "seen", output))
-    with pytest.raises(ValueError, match="behind stage 3 of this ResNet cannot be copied: the network is no chain"):
+    with pytest.raises(ValueError, match="after stage 3 of this ResNet cannot be copied: the network is not seq"):
         model.copy_tail(3)
 
 
 @pytest.mark.slow
-def test_a_family_that_is_no_chain_is_refused(build):
-    with pytest.raises(ValueError, match="cannot be copied: the network is no chain there. Choose another stage"):
+def test_a_family_that_is_not_sequential_is_refused(build):
+    with pytest.raises(ValueError, match="cannot be copied: the network is not sequential there. Choose another"):
         build("legacy_xception").copy_tail()
 
 
@@ -188,7 +188,7 @@ def test_a_stage_that_hooks_do_not_see_is_refused(build):
     model.anatomy = replace(
         model.anatomy, stages=(*model.anatomy.stages[:-1], replace(model.anatomy.stages[-1], module=None))
     )
-    with pytest.raises(ValueError, match="behind stage 3 of this ResNet cannot be copied: the network is no chain"):
+    with pytest.raises(ValueError, match="after stage 3 of this ResNet cannot be copied: the network is not seq"):
         model.copy_tail()
 
 

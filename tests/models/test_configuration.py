@@ -41,8 +41,8 @@ def test_refused_backbone_kwargs_are_named(name):
 @pytest.mark.parametrize(
     ("exits", "words"),
     [
-        ([3, 1], "shallow to deep, but got [3, 1]. Did you mean [1, 3]?"),
-        ([1, 1, 2], "shallow to deep, but got [1, 1, 2]. Did you mean [1, 2]?"),
+        ([3, 1], "in increasing order, but got [3, 1]. Did you mean [1, 3]?"),
+        ([1, 1, 2], "in increasing order, but got [1, 1, 2]. Did you mean [1, 2]?"),
         ([1.5], "stage indices such as [1, 2, 3], but got [1.5]"),
         ([True], "stage indices such as [1, 2, 3], but got [True]"),
         ("123", "stage indices such as [1, 2, 3], but got '123'"),

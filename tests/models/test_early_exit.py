@@ -3,9 +3,9 @@ import multiprocessing
 import pickle
 import threading
 import warnings
-from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -13,7 +13,6 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from hf_selfkd import EarlyExitOutput, ExitPolicy, MultiExitForImageClassification, MultiExitOutput
 from hf_selfkd.deploy.pipeline import EarlyExitPipeline
-from hf_selfkd.models import hooks
 from hf_selfkd.models.early_exit import CPU_IMAGES_PER_THREAD
 from hf_selfkd.models.exit_policy import CRITERIA
 
@@ -118,9 +117,8 @@ def test_the_rest_of_the_network_sees_the_undecided_images_alone():
     assert rows == {stage: [int((exit_index >= stage - 1).sum())] for stage in (2, 3, 4)}
     rows.clear()
     model.early_exit(images, ExitPolicy(thresholds=[0.0, 0.0, 0.0]))
-    assert rows == {}  # everybody left at the first exit
-    assert hooks._active.visitor is None  # and the next call sees a plain network
-    assert isinstance(model(images), MultiExitOutput)
+    assert rows == {}  # all images exited at the first exit
+    assert len(model(images).logits) == len(images) and rows  # the next call sees a plain network
 
 
 def test_a_batch_runs_in_parts_up_to_the_first_exit_and_together_behind_it():
@@ -185,7 +183,7 @@ def test_images_of_another_dtype_under_autocast(weights):
         exit_logits = [logits.float() for logits in all_exits(model, images)]
         policy = spread_policy(exit_logits)
         output = model.early_exit(images, policy)
-    assert model._shrinks is True
+    assert model.shrinks_batch is True
     exit_index, logits = policy.decide(exit_logits)
     assert (output.exit_index == exit_index).float().mean() > 0.8  # a score may round across its threshold
     same = output.exit_index == exit_index
@@ -196,7 +194,7 @@ def test_in_bfloat16():
     model, images = create().to(torch.bfloat16), unlike_images().to(torch.bfloat16)
     policy = spread_policy(all_exits(model, images))
     output = model.early_exit(images, policy)
-    assert model._shrinks is True  # rounding is not taken for other answers
+    assert model.shrinks_batch is True  # rounding is not taken for other answers
     assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
 
 
@@ -254,10 +252,10 @@ def batch_dependent_before_the_first_exit():
 
 
 def without_hooks():
-    model = create()
-    for stage in model.anatomy.stages:
-        model.backbone.get_submodule(stage.module)._forward_hooks.clear()
-    model.anatomy = replace(model.anatomy, stages=tuple(replace(stage, module=None) for stage in model.anatomy.stages))
+    backbone = timm.create_model("test_resnet", num_classes=5)
+    backbone.feature_info = [info | {"module": "misnamed"} for info in backbone.feature_info]
+    model = MultiExitForImageClassification(create().config, backbone=backbone).eval()
+    assert not model.anatomy.hooked
     return model
 
 
@@ -269,7 +267,7 @@ def test_networks_that_cannot_shrink_answer_as_with_all_exits(build_model, crite
     model, images = build_model(), unlike_images()
     exit_logits = all_exits(model, images)
     policy = spread_policy(exit_logits, criterion)
-    with pytest.warns(UserWarning, match="Single images cannot leave this network while it runs .* A batch runs on"):
+    with pytest.warns(UserWarning, match="This network cannot continue with part of a batch .*. Each batch runs"):
         output = model.early_exit(images, policy)
     exit_index, logits = policy.decide(exit_logits)
     assert torch.equal(output.exit_index, exit_index)
@@ -293,9 +291,9 @@ def test_a_whole_batch_stops_when_its_last_image_has_decided():
 def test_the_verdict_is_forgotten_when_weights_may_change():
     model = create()
     model.early_exit(unlike_images(), ExitPolicy(thresholds=[0.5, 0.5, 0.5]))
-    assert model._shrinks is True
+    assert model.shrinks_batch is True
     model.train()
-    assert model._shrinks is None
+    assert model.shrinks_batch is None
 
 
 def test_one_image_needs_no_rehearsal():
@@ -303,7 +301,7 @@ def test_one_image_needs_no_rehearsal():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.early_exit(unlike_images(1), ExitPolicy(thresholds=[0.0] * (model.num_exits - 1)))
-    assert model._shrinks is None
+    assert model.shrinks_batch is None
 
 
 # Where a model lives
@@ -450,7 +448,7 @@ def test_stages_that_end_out_of_order_compute_all_exits():
     middle = [anyone.score(exit, exit_logits[exit])[0].median().item() for exit in range(3)]
     policy = ExitPolicy(thresholds=middle)
     exit_index, logits = policy.decide(exit_logits)
-    with pytest.warns(UserWarning, match="do not end in their order, so early_exit computes all exits"):
+    with pytest.warns(UserWarning, match="do not end in order, so early_exit computes all exits"):
         output = model.early_exit(images, policy)
     assert torch.equal(output.exit_index, exit_index)
     assert torch.equal(output.logits, logits)

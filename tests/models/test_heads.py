@@ -31,27 +31,27 @@ def test_a_wide_backbone_gets_no_wider_bottleneck():
 
 def test_conv_exit_by_hand():
     head = ConvExit(channels=3, width=8, num_labels=4, stride=2).eval()
-    stage_map = torch.randn(2, 3, 6, 4)
+    feature_map = torch.randn(2, 3, 6, 4)
     conv1, norm1, _, conv2, norm2, _, conv3, norm3, _ = head.bottleneck
-    hidden = norm1(torch.einsum("oi,bihw->bohw", conv1.weight[:, :, 0, 0], stage_map) + conv1.bias[:, None, None])
+    hidden = norm1(torch.einsum("oi,bihw->bohw", conv1.weight[:, :, 0, 0], feature_map) + conv1.bias[:, None, None])
     patches = hidden.relu().unfold(2, 2, 2).unfold(3, 2, 2)
     hidden = norm2(torch.einsum("oikl,bihwkl->bohw", conv2.weight, patches) + conv2.bias[:, None, None]).relu()
     hidden = norm3(torch.einsum("oi,bihw->bohw", conv3.weight[:, :, 0, 0], hidden) + conv3.bias[:, None, None])
     features = hidden.relu().mean(dim=(2, 3))
-    logits, found = head(stage_map)
+    logits, found = head(feature_map)
     torch.testing.assert_close(found, features)
     torch.testing.assert_close(logits, features @ head.classifier.weight.T + head.classifier.bias)
 
 
 def test_token_exit_by_hand():
     head = TokenExit(channels=6, width=8, num_labels=4)
-    stage_map = torch.randn(2, 6, 3, 5)
-    tokens = stage_map.permute(0, 2, 3, 1).reshape(2, 15, 6)
+    feature_map = torch.randn(2, 6, 3, 5)
+    tokens = feature_map.permute(0, 2, 3, 1).reshape(2, 15, 6)
     centred = tokens - tokens.mean(dim=2, keepdim=True)
     pooled = (centred / (centred.var(dim=2, unbiased=False, keepdim=True) + 1e-5).sqrt()).mean(dim=1)
     first, _, second = head.mlp
     features = nn.functional.gelu(pooled @ first.weight.T + first.bias) @ second.weight.T + second.bias
-    logits, found = head(stage_map)
+    logits, found = head(feature_map)
     torch.testing.assert_close(found, features)
     torch.testing.assert_close(logits, features @ head.classifier.weight.T + head.classifier.bias)
 

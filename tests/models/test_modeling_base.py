@@ -1,4 +1,4 @@
-"""A checkpoint is loaded whole or not at all, with an error that names what is wrong."""
+"""A checkpoint is loaded completely or not at all, with an error that names the reason."""
 
 import json
 
@@ -36,20 +36,18 @@ def test_missing_and_extra_weights(saved):
     lacking = {name: tensor for name, tensor in state.items() if name != "exits.1.norm.weight"}
     write(folder, lacking)
     with pytest.raises(
-        ValueError, match=r"they lack exits.1.norm.weight \(1 names in all\) and hold nothing \(0 names"
+        ValueError, match=r"Missing keys: exits.1.norm.weight \(1 in all\). Unexpected keys: none \(0 in all\)"
     ):
         load(folder)
     write(folder, state | {"scaffold.weight": torch.zeros(1)})
-    with pytest.raises(
-        ValueError, match=r"they lack nothing .* and hold scaffold.weight \(1 names in all\) beside it"
-    ):
+    with pytest.raises(ValueError, match=r"Missing keys: none .* Unexpected keys: scaffold.weight \(1 in all\)"):
         load(folder)
 
 
 def test_other_shapes(saved):
     folder, state, _ = saved
     write(folder, state | {"exits.0.norm.bias": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"other shapes than the model: exits.0.norm.bias \(3,\) instead of \(64,\)"):
+    with pytest.raises(ValueError, match=r"other shapes than the model: exits.0.norm.bias is \(3,\) instead of \(64"):
         load(folder)
 
 
@@ -57,7 +55,7 @@ def test_other_shapes(saved):
 def test_another_network_than_the_configuration_describes(saved, change):
     folder, _, config = saved
     write(folder, config=config | change)
-    with pytest.raises(ValueError, match="are of another network than its configuration: they lack "):
+    with pytest.raises(ValueError, match="do not match its configuration. Missing keys: "):
         load(folder)
 
 
@@ -84,9 +82,7 @@ def test_a_file_that_is_cut_off(saved, length):
     folder, _, _ = saved
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:length])
-    with pytest.raises(
-        ValueError, match="The weights in .* cannot be read: .* The file is cut off or damaged; get it ag"
-    ):
+    with pytest.raises(ValueError, match="The weights in .* cannot be read: .* The file is truncated or corrupt"):
         load(folder)
 
 

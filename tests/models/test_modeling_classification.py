@@ -135,7 +135,7 @@ def test_output(build, batch):
     output = model(**batch)
     assert isinstance(output, MultiExitOutput)
     assert [tuple(logits.shape) for logits in output.exit_logits] == [(8, 5)] * 4
-    assert [tuple(stage_map.shape[1:]) for stage_map in output.exit_maps] == [
+    assert [tuple(feature_map.shape[1:]) for feature_map in output.exit_maps] == [
         (32, 32, 32),
         (32, 32, 32),
         (48, 16, 16),

@@ -16,8 +16,8 @@ def create(name, **kwargs):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet81", "Unknown timm model 'resnet81'. Did you mean 'resnet18' or"),
-        ("resnet81.a1_in1k", "Unknown timm model 'resnet81.a1_in1k'. Did you mean 'resnet18' or"),
+        ("resnet81", "Unknown timm model 'resnet81'. Did you mean 'resnet18'?"),
+        ("resnet81.a1_in1k", "Unknown timm model 'resnet81.a1_in1k'. Did you mean 'resnet18'?"),
         ("qqqqqq", "Unknown timm model 'qqqqqq'. See timm.list_models()."),
         ("", "Unknown timm model ''. See timm.list_models()."),
         ("resnet18.mine", "timm model 'resnet18' has no tag 'mine'. Available: a1_in1k, a2_in1k,"),
@@ -101,7 +101,7 @@ def test_small_input_stem(name):
         backbone = create(name, small_input_stem=True).eval()
         images = torch.empty(2, 3, 32, 32)
         maps = backbone.forward_intermediates(images, intermediates_only=True)
-        assert [stage_map.shape[-1] for stage_map in maps] == SMALL_STEMS[name]
+        assert [feature_map.shape[-1] for feature_map in maps] == SMALL_STEMS[name]
         assert backbone(images).shape == (2, 5)
 
 

@@ -1,7 +1,6 @@
 """Checkpoints from anyone: nothing runs, is fetched or takes memory that was not asked for."""
 
 import json
-import resource
 import shutil
 import socket
 
@@ -12,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
 from hf_selfkd import MultiExitConfig, MultiExitForImageClassification, MultiExitForSemanticSegmentation
-from hf_selfkd.models import untrusted as limits
+from hf_selfkd.models import untrusted
+from tests.helpers.memory import memory_limit
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,17 @@ def edit(folder, **fields):
 
 
 def loading_fails(loader, folder):
-    """Return the words of the error with which loading fails; it must take no memory to speak of."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError) as error:
+    """Return the message of the error with which loading fails before it takes 500 MB."""
+    with pytest.raises(ValueError) as error, memory_limit(500_000_000):
         loader.from_pretrained(folder)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
     return str(error.value)
+
+
+def test_the_memory_limit_is_effective():
+    torch.empty(300_000_000, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="memory"), memory_limit(500_000_000):
+        torch.empty(600_000_000, dtype=torch.uint8)
+    torch.empty(600_000_000, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +108,12 @@ def test_an_honest_checkpoint_loads_without_a_connection(checkpoint, offline):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"num_labels": 10**9, "id2label": None}, "num_labels must be a whole number from 1 to 200,000, but got 1000"),
-        ({"num_labels": 10**9}, "num_labels must be a whole number from 1 to 200,000, but got 1000000000."),
-        ({"exit_width": 10**9}, "exit_width must be a whole number from 1 to 65,536 or None, but got 1000000000."),
+        ({"num_labels": 10**9, "id2label": None}, "num_labels must be an integer from 1 to 200,000, but got 1000"),
+        ({"num_labels": 10**9}, "num_labels must be an integer from 1 to 200,000, but got 1000000000."),
+        ({"exit_width": 10**9}, "exit_width must be an integer from 1 to 65,536 or None, but got 1000000000."),
         (
             {"exit_width": 60_000, "num_labels": 1_000, "id2label": None},
-            "more are asked for by num_labels=1000, exit_width=60000",
+            "more are requested by num_labels=1000, exit_width=60000",
         ),
         (
             {"backbone_kwargs": {"layers": [1e6, 1, 1, 1]}},
@@ -120,16 +125,16 @@ def test_an_honest_checkpoint_loads_without_a_connection(checkpoint, offline):
         ),
         (
             {"backbone_kwargs": {"layers": [60_000, 1, 1, 1]}},
-            "A backbone may have 300 tensors, but more are asked for",
+            "A backbone may have 300 tensors, but more are requested",
         ),
         ({"backbone_kwargs": {"stem_width": -1}}, "No backbone can be built from num_labels=5"),
-        ({"pretrained_cfg": {"input_size": [3, 10**6, 32]}}, "pretrained_cfg asks for input_size=[3, 1000000, 32]"),
+        ({"pretrained_cfg": {"input_size": [3, 10**6, 32]}}, "pretrained_cfg has input_size=[3, 1000000, 32]"),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 1e-6}}, "and crop_pct=1e-06"),
     ],
 )
 def test_hostile_sizes_are_refused_before_they_take_memory(checkpoint, monkeypatch, fields, words):
-    assert limits.MAX_TENSORS == 10_000
-    monkeypatch.setattr(limits, "MAX_TENSORS", 300)  # as many modules take a while to build
+    assert untrusted.MAX_TENSORS == 10_000
+    monkeypatch.setattr(untrusted, "MAX_TENSORS", 300)  # as many modules take a while to build
     edit(checkpoint, **fields)
     assert words in loading_fails(AutoModelForImageClassification, checkpoint)
 
@@ -137,7 +142,7 @@ def test_hostile_sizes_are_refused_before_they_take_memory(checkpoint, monkeypat
 @pytest.mark.parametrize(
     ("width", "words"),
     [
-        (10**9, "pyramid_width must be a whole number from 1 to 65,536, but got 1000000000."),
+        (10**9, "pyramid_width must be an integer from 1 to 65,536, but got 1000000000."),
         (60_000, "pyramid_width=60000"),
     ],
 )
@@ -149,12 +154,12 @@ def test_hostile_pyramids_are_refused_before_they_take_memory(saved, tmp_path, w
 
 @pytest.mark.parametrize("model_class", [MultiExitForImageClassification, MultiExitForSemanticSegmentation])
 def test_a_hostile_configuration_is_refused_without_a_checkpoint_too(model_class, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_VALUES", 1_000_000)
+    monkeypatch.setattr(untrusted, "MAX_VALUES", 1_000_000)
     small = {} if model_class is MultiExitForImageClassification else {"pyramid_width": 8}
     model_class(MultiExitConfig(backbone="test_resnet", num_labels=5, **small))
     monkeypatch.setattr(torch, "empty", only_on_meta(torch.empty))
     with pytest.raises(
-        ValueError, match=r"A model may have 1,000,000 values, but [\d,]+ are asked for by num_labels=90,"
+        ValueError, match=r"A model may have 1,000,000 values, but [\d,]+ are requested by num_labels=90,"
     ):
         model_class(
             MultiExitConfig(backbone="test_resnet", num_labels=90, **{n: 1_000 for n in small or ["exit_width"]})
@@ -175,7 +180,7 @@ def only_on_meta(factory):
 def test_a_few_new_values_are_no_offence(checkpoint, monkeypatch):
     load = MultiExitForImageClassification.from_pretrained
     assert load(checkpoint, num_labels=100, ignore_mismatched_sizes=True).config.num_labels == 100
-    monkeypatch.setattr(limits, "MAX_NEW_VALUES", 10)
+    monkeypatch.setattr(untrusted, "MAX_NEW_VALUES", 10)
     assert load(checkpoint).config.num_labels == 5
     edit(checkpoint, num_labels=5_000, id2label=None)
     words = loading_fails(MultiExitForImageClassification, checkpoint)

@@ -224,7 +224,7 @@ def test_resuming_with_a_larger_network_is_refused(build, train, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text()) | {"exits": [1, 2]}
     (checkpoint / "config.json").write_text(json.dumps(config))
     (checkpoint / "files.json").unlink()
-    words = r"one of another network: it lacks exits.1.* names in all\) and holds nothing \(0 names in all\) beside it"
+    words = r"one of another network: it lacks exits.1.* in all\) and holds none \(0 in all\) beside it"
     with pytest.raises(ValueError, match=words):
         train(build(exits=[1, 2]), resume=str(checkpoint))
 
