@@ -119,7 +119,7 @@ def collect_facts(
     """
     repository = trainer.hub_model_id or trainer.args.hub_model_id or Path(folder).resolve().name
     tells_training = trainer.state.global_step > 0
-    evaluation = trainer.evaluation
+    evaluation = trainer.card_recorder.evaluation
     return CardFacts(
         name=model_name or repository.split("/")[-1],
         repository=repository,
@@ -135,7 +135,8 @@ def collect_facts(
         license=license,
         tags=[tags] if isinstance(tags, str) else list(tags),
         is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
-        has_old_policy=tells_training and trainer.model.config.exit_policy == trainer.policy_before_training,
+        has_old_policy=tells_training
+        and trainer.model.config.exit_policy == trainer.card_recorder.policy_before_training,
     )
 
 

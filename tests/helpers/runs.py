@@ -5,6 +5,7 @@ import random
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 
 class Augmented(Dataset):
@@ -21,6 +22,17 @@ class Augmented(Dataset):
         return self.images[index] | {"pixel_values": self.images[index]["pixel_values"] + noise}
 
 
+class Once(TrainerCallback):
+    """Do something at the end of one step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
 def same_weights(model, other):
     state = model.state_dict()
     return all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
@@ -28,3 +40,11 @@ def same_weights(model, other):
 
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def logged(trainer):
+    """Return the log without times and without the mean over the steps of one call."""
+    left_out = ("runtime", "per_second", "train_loss", "total_flos")
+    log = trainer.state.log_history
+    log = [{key: value for key, value in entry.items() if not key.endswith(left_out)} for entry in log]
+    return [entry for entry in log if entry.keys() - {"epoch", "step"}]

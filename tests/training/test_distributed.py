@@ -13,7 +13,7 @@ from hf_selfkd import (
     SelfDistillationTrainer,
     get_method,
 )
-from hf_selfkd.training.distributed import average_batch_norm, broadcast_buffers
+from hf_selfkd.training.distributed import average_batch_norm, broadcast_buffers, on_any_process
 from tests.helpers.data_parallel import CASES, GLOBAL_BATCH, network, samples, teacher
 from tests.helpers.processes import replace_batch_norm, run_in_processes
 from tests.helpers.recipe import PLAIN_SGD
@@ -117,6 +117,7 @@ def work(rank, folder):
     planes.register_buffer("weight", torch.tensor(float(rank + 5)))
     broadcast_buffers(planes)
     found = {"draws": draws.drawn, "state": state, "mean": norm.running_mean, "planes": planes.weight}
+    found["flags"] = [on_any_process(flag) for flag in (rank == 1, torch.tensor(rank == 0), False)]
     torch.save(found, folder / f"work{rank}.pt")
 
 
@@ -151,18 +152,19 @@ def test_only_the_first_process_writes(worked):
     assert {"model.safetensors", "scaffold.safetensors", "ema.safetensors", "method.json"} <= written
 
 
-def test_batch_norm_ends_equal(worked):
+def test_processes_agree(worked):
     first, second = (torch.load(worked / f"work{rank}.pt") for rank in range(2))
     assert any(name.endswith("running_var") for name in first["state"])
     assert all(torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items())
     for found in (first, second):
         assert found["mean"].tolist() == [0.5, 0.5]
         assert found["planes"] == 5
+        assert found["flags"] == [True, True, False]
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])
 def test_batch_norm_can_be_synchronised(build, batch, backbone):
-    """With one process synchronised batch norm does as batch norm does; with several it needs GPUs."""
+    """With one process synchronised batch norm equals batch norm; with several it needs GPUs."""
     method = get_method("frskd")
     model = build(backbone).train()
     model.scaffold = method.scaffold(model)
@@ -183,3 +185,8 @@ def test_every_method_trains_the_same(tmp_path, processes):
     differences = check_cases(found, others, tmp_path)
     print("\n".join(f"{processes} processes, {case}: {value:.1e}" for case, value in differences.items()))
     assert max(differences.values()) < 2e-5
+
+
+def test_one_process_agrees_with_itself():
+    assert on_any_process(torch.tensor(True)) is True
+    assert on_any_process(False) is False

@@ -2,16 +2,17 @@
 
 import random
 import zlib
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_selfkd import SelfDistillationTrainer
-from hf_selfkd.training.streaming import SeededStream, StreamLoader
+from hf_selfkd.training.streaming import SeededStream, StreamLoader, StreamPosition
 from tests.helpers.data_parallel import network
 from tests.helpers.processes import run_in_processes
 from tests.helpers.recipe import PLAIN_SGD
@@ -152,6 +153,29 @@ def test_a_checkpoint_of_other_data(tmp_path):
     train(tmp_path, data={"train_dataset": rows}, max_steps=1, save_strategy="steps", save_steps=1)
     with pytest.raises(ValueError, match="The checkpoint was not trained on a stream. Resume with the data"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_position_is_needed_to_resume():
+    position = StreamPosition()
+    with pytest.raises(ValueError, match="was not trained on a stream"):
+        position.resume(TrainerState(), skips_data=True)
+    position.loader = StreamLoader(DataLoader(stream()), 1)
+    state = TrainerState(stateful_callbacks={"StreamPosition": {"args": {}, "attributes": {"position": [2, 5]}}})
+    assert (position.resume(state, skips_data=True), position.loader.skip) == (2, 5)
+    assert (position.resume(state, skips_data=False), position.loader.skip) == (2, 0)
+
+
+def test_every_argument_of_loaders_has_its_effect_on_streams():
+    """``dataloader_drop_last`` has nothing to drop: batches of a stream are filled up."""
+    settings = {"num_workers": 1, "pin_memory": False, "persistent_workers": True, "prefetch_factor": 3}
+    settings |= {"in_order": False, "multiprocessing_context": "spawn"}
+    known = {field.name for field in fields(TrainingArguments) if field.name.startswith("dataloader_")}
+    assert known == {f"dataloader_{name}" for name in (*settings, "drop_last")}
+    options = {f"dataloader_{name}": value for name, value in settings.items()}
+    args = TrainingArguments(use_cpu=True, max_steps=1, **options)
+    loader = SelfDistillationTrainer(network("test_vit"), args, train_dataset=stream()).get_train_dataloader().loader
+    found = {name: getattr(loader, name) for name in settings}
+    assert found | {"multiprocessing_context": loader.multiprocessing_context.get_start_method()} == settings
 
 
 def test_streams_are_evaluated(tmp_path):

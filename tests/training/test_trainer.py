@@ -8,6 +8,7 @@ import psutil
 import pytest
 import timm
 import torch
+from hf_selfkd.training.averaging import WeightAverage
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.utils.data import IterableDataset
@@ -15,7 +16,6 @@ from torchvision.transforms import v2
 
 from hf_selfkd import MultiExitForImageClassification, get_method
 from hf_selfkd.functional import add, cross_entropy, smooth_labels
-from hf_selfkd.training.averaging import WeightAverage
 from hf_selfkd.training.seeded_data import SeededDataset
 from tests.helpers.runs import Augmented, losses, same_weights
 
