@@ -171,8 +171,9 @@ class CardRecorder(TrainerCallback):
         return self._evaluation if self._is_current else None
 
     def record(self, evaluation: Evaluation) -> None:
-        """Record an evaluation of the current weights."""
-        self._evaluation, self._is_current = evaluation, True
+        """Record an evaluation of the current weights; not one of ``predict``, or of one data set among several."""
+        if "eval_loss" in evaluation.metrics:
+            self._evaluation, self._is_current = evaluation, True
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Forget what was found of the weights before training."""

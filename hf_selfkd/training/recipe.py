@@ -1,11 +1,13 @@
 """The papers' recipes beyond the stock Trainer: learning-rate milestones, mixing, groups of weight decay."""
 
+import copy
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..functional import smooth_labels
@@ -66,6 +68,14 @@ def milestone_scheduler(trainer: Trainer, num_training_steps: int, optimizer=Non
 def stream_epochs(trainer: Trainer, steps: int) -> float:
     """Return the number of epochs of the training stream, whose length must be known, in so many steps."""
     return steps * trainer.get_total_train_batch_size(trainer.args) / len(trainer.train_dataset)
+
+
+def measured_in_steps(trainer: Trainer, args: TrainingArguments) -> TrainingArguments:
+    """Return arguments with ``max_steps`` instead of epochs of the training stream, whose length must be known."""
+    if args.max_steps <= 0:
+        args = copy.copy(args)
+        args.max_steps = math.ceil(args.num_train_epochs / stream_epochs(trainer, 1))
+    return args
 
 
 def mixed(trainer: Trainer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from accelerate.utils import is_compiled_module
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -192,9 +193,17 @@ def _saved_weights(folder: str) -> set[str] | None:
 
 
 @contextmanager
-def without_scaffold(network: nn.Module) -> Iterator[None]:
+def uncompiled(trainer: Trainer) -> Iterator[None]:
+    """Give the trainer the model inside a compiled one, while it saves or loads: its weights have the saved names."""
+    with swapped(trainer, model=trainer.network) if is_compiled_module(trainer.model) else nullcontext():
+        yield
+
+
+@contextmanager
+def inference_weights(trainer: Trainer) -> Iterator[None]:
     """Detach the scaffold while weights are loaded: it is not in their file, unless Accelerate saved them sharded."""
-    with nullcontext() if is_sharded(network) else swapped(network, scaffold=None):
+    network = trainer.network
+    with uncompiled(trainer), nullcontext() if is_sharded(network) else swapped(network, scaffold=None):
         yield
 
 

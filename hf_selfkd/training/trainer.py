@@ -1,7 +1,5 @@
 """A transformers Trainer that adds up the terms of a self-distillation method."""
 
-import copy
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -78,8 +76,7 @@ class SelfDistillationTrainer(Trainer):
         TypeError: If ``method`` is no method, or ``card`` has an unknown key.
     """
 
-    # The terms are means per micro-batch, so the Trainer must divide by the accumulation steps.
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga = False  # terms are means per micro-batch: Trainer divides by the accumulation steps
 
     def __init__(
         self,
@@ -120,9 +117,9 @@ class SelfDistillationTrainer(Trainer):
         super().__init__(model=model, args=args, compute_metrics=metrics, **kwargs)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
-        for callback in (*steps, self.average, self.restore, self.card_recorder, hub.ReportPushes(self)):
-            if callback is not None:
-                self.add_callback(callback)
+        others = (self.average, self.restore, self.card_recorder, hub.ReportPushes(self))
+        for callback in filter(None, (*steps, *others)):
+            self.add_callback(callback)
 
     @property
     def network(self) -> nn.Module:
@@ -185,9 +182,7 @@ class SelfDistillationTrainer(Trainer):
 
     def set_initial_training_values(self, args, dataloader):
         """Turn epochs of a stream into steps; the stock trainer cannot, because each process has its own number."""
-        if isinstance(self.train_dataset, SeededStream) and args.max_steps <= 0:
-            args = copy.copy(args)
-            args.max_steps = math.ceil(args.num_train_epochs / recipe.stream_epochs(self, 1))
+        args = recipe.measured_in_steps(self, args) if isinstance(self.train_dataset, SeededStream) else args
         return super().set_initial_training_values(args, dataloader)
 
     def _init_training_state(
@@ -233,8 +228,7 @@ class SelfDistillationTrainer(Trainer):
             resume.synchronise_batch_norm(self)
         with self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext():
             output = super().evaluation_loop(*args, **kwargs)
-        if "eval_loss" in output.metrics:  # and not that of predict
-            self.card_recorder.record(Evaluation(self.state.global_step, output.num_samples, output.metrics))
+        self.card_recorder.record(Evaluation(self.state.global_step, output.num_samples, output.metrics))
         return output
 
     def prediction_step(self, *args, **kwargs) -> tuple[Tensor | None, Any, Tensor | None]:
@@ -268,17 +262,18 @@ class SelfDistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         resume.check_checkpoint(resume_from_checkpoint, self.network, self.method.name)
-        with resume.without_scaffold(self.network):
+        with resume.inference_weights(self):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         resume.load_extras(self, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        with resume.without_scaffold(self.network):
+        with resume.inference_weights(self):
             super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as ``Trainer`` does, and its card; checkpoints have none."""
-        super().save_model(output_dir, _internal_call)
+        with resume.uncompiled(self):
+            super().save_model(output_dir, _internal_call)
         if not _internal_call and not (self.args.push_to_hub and output_dir is None):  # what was pushed has its card
             self.create_model_card(folder=output_dir)
 

@@ -117,7 +117,12 @@ def test_the_trainer_pushes_while_it_trains_and_at_the_end(hub, build, train, tm
     repository = hub.repositories["ada/run"]
     assert repository.private
     running = repository.files()
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_classification.py"} <= running.keys()
+    assert {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "modeling_classification.py",
+    } <= running.keys()
     assert {"last-checkpoint/model.safetensors", "last-checkpoint/scaffold.safetensors"} <= running.keys()
     (Path(trainer.args.output_dir) / "curve.png").write_bytes(b"a plot")
     policy = ExitPolicy(thresholds=[0.5] * 3).to_dict()

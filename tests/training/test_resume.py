@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_selfkd import get_method
 from hf_selfkd.functional import cross_entropy
-from hf_selfkd.training.resume import check_checkpoint, check_finite, without_scaffold
+from hf_selfkd.training.resume import check_checkpoint, check_finite, inference_weights
 from tests.helpers.runs import Augmented, Once, losses, same_weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
@@ -148,8 +149,8 @@ def test_weights_that_are_not_finite_are_named(build):
 def test_the_scaffold_returns_after_an_error(build):
     model = build()
     get_method("frskd").attach(model)
-    scaffold = model.scaffold
-    with pytest.raises(RuntimeError, match="while loading"), without_scaffold(model):
+    scaffold, trainer = model.scaffold, SimpleNamespace(model=model, network=model)
+    with pytest.raises(RuntimeError, match="while loading"), inference_weights(trainer):
         assert model.scaffold is None
         raise RuntimeError("while loading")
     assert model.scaffold is scaffold
