@@ -25,7 +25,7 @@ class PrepareScaffold(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Make buffers equal, and let the method prepare the scaffold of a fresh run."""
+        """Make buffers equal, and prepare the scaffold of a fresh run."""
         if args.should_save:
             remove_incomplete(args.output_dir)
         network = self.trainer.network
@@ -68,7 +68,7 @@ class SeedData(TrainerCallback):
 
 
 class SaveAfterEpoch(TrainerCallback):
-    """Save the last step of an epoch after what the end of the epoch logs and evaluates.
+    """Save the last step of an epoch after the logging and evaluation at the end of the epoch.
 
     A resumed run does not come to the end of that epoch again, so it would lose both.
     """
@@ -176,7 +176,7 @@ class CardRecorder(TrainerCallback):
             self._evaluation, self._is_current = evaluation, True
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Forget what was found of the weights before training."""
+        """Forget the evaluation of the weights before training."""
         self._evaluation, self._is_current = None, False
         self.policy_before_training = multi_exit_model(model).config.exit_policy
 

@@ -100,7 +100,7 @@ def written_aside(run_folder: str, name: str) -> Iterator[str]:
     """Yield the folder to write a checkpoint in, under its name, before :func:`commit_checkpoint`.
 
     Raises:
-        OSError: If writing failed; what was written is removed, and earlier checkpoints are unchanged.
+        OSError: If writing failed; the partial checkpoint is removed, and earlier checkpoints are unchanged.
         RuntimeError: The same, for the errors that safetensors and torch raise when a disk is full.
     """
     aside = os.path.join(run_folder, INCOMPLETE_NAME)
@@ -117,7 +117,7 @@ def written_aside(run_folder: str, name: str) -> Iterator[str]:
 def commit_checkpoint(run_folder: str, name: str, limit: int | None, best: str | None) -> None:
     """Give a checkpoint that was written aside its name, and delete the oldest ones above ``limit``.
 
-    Killed at any moment, this leaves no incomplete checkpoint under a checkpoint's name. Neither the newest nor the
+    Killed at any moment, there is no incomplete checkpoint under a checkpoint's name. Neither the newest nor the
     best is deleted.
 
     Args:
@@ -158,7 +158,7 @@ def _set_aside(checkpoint: str) -> None:
 
 
 def remove_incomplete(run_folder: str) -> None:
-    """Remove what remains of a run that was stopped while it wrote or deleted a checkpoint."""
+    """Remove the remains of a checkpoint that was being written or deleted when a run was stopped."""
     folder = os.path.join(run_folder, INCOMPLETE_NAME)
     if not os.path.isdir(folder):
         return

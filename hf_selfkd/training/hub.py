@@ -44,7 +44,7 @@ class ReportPushes(TrainerCallback):
                 if (error := job.exception()) is not None:
                     warnings.warn(
                         f"Could not upload a checkpoint to {self.trainer.hub_model_id}: {type(error).__name__}: "
-                        f"{error} Training continues, and the next upload includes what is missing.",
+                        f"{error} Training continues, and the next upload includes the missing files.",
                         stacklevel=2,
                     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-# Fields of Trainer, and what this module does with them. They exist from the beginning of training.
+# Fields of Trainer, and their use in this module. They exist from the beginning of training.
 PRIVATE_FIELDS = {
     "_tr_loss": "the loss since the last log entry, on this process: saved, restored, and reset for a skipped step",
     "_globalstep_last_logged": "the step of that entry: saved, restored, and moved on by a skipped step",
@@ -57,7 +57,7 @@ class LossSums:
         return {"loss": self._trainer._tr_loss.clone(), "terms": dict(self._terms), "steps": self._steps}
 
     def skip_step(self, before: dict[str, Any]) -> None:
-        """Leave the current step out of all means: of the next log entry, and of the whole run.
+        """Leave the current step out of all means: of the next log entry, and of the complete run.
 
         Args:
             before: The snapshot at the beginning of the step.

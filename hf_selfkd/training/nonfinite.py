@@ -46,7 +46,7 @@ class NonFiniteGuard(TrainerCallback):
         self.skipped = counts[-1] if counts else 0
 
     def on_step_begin(self, args, state, control, model, **kwargs):
-        """Keep what the forward passes of a step change, where it may have to be undone."""
+        """Copy the state that the forward passes of a step change, if it may have to be restored."""
         self._batches.clear()
         if self.max_skipped_batches:
             buffers = [buffer.clone() for buffer in model.buffers()]

@@ -99,7 +99,7 @@ def synchronised_for_saving(trainer: Trainer) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def saved_completely(trainer: Trainer, run_folder: str) -> Iterator[None]:
-    """Write a checkpoint aside, with what transformers does not know, and give it its name once it is complete.
+    """Write a checkpoint aside, with the files of this library, and give it its name once it is complete.
 
     Args:
         trainer: Writes into ``trainer.aside`` meanwhile.
@@ -122,7 +122,7 @@ def saved_completely(trainer: Trainer, run_folder: str) -> Iterator[None]:
 
 
 def save_extras(trainer: Trainer, folder: str, statistics: dict[str, Tensor]) -> None:
-    """Write what transformers does not know into a checkpoint. Every process must call this.
+    """Write the files of this library into a checkpoint. Every process must call this.
 
     Args:
         trainer: The trainer.

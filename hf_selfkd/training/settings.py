@@ -37,7 +37,7 @@ def check_settings(
 def own_arguments(args: TrainingArguments) -> TrainingArguments:
     """Return a copy of the arguments with the decisions of the trainer.
 
-    A shallow copy: to build ``TrainingArguments`` once more would reset the state of Accelerate.
+    A shallow copy: building ``TrainingArguments`` again would reset the state of Accelerate.
     """
     args = copy.copy(args)
     if args.ddp_find_unused_parameters is None:

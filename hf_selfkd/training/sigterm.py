@@ -33,7 +33,7 @@ class SaveOnSigterm(TrainerCallback):
         """Listen to SIGTERM; once the run has ended because of it, end the process as SIGTERM would have."""
         self.received = self.ends = False
         previous = signal.getsignal(signal.SIGTERM)
-        is_main = threading.current_thread() is threading.main_thread()  # Python lets no other thread listen
+        is_main = threading.current_thread() is threading.main_thread()  # signal() works in no other
         if not is_main or previous in (signal.SIG_IGN, None):  # None: not installed by Python
             yield
             return

@@ -33,7 +33,7 @@ class SeededStream(IterableDataset):
     worker is filled with that worker's first rows, and a process that is done early repeats its own images until all
     are done. With fewer shards than processes every process reads all of them and keeps its share of the rows.
 
-    The order depends on the number of processes and workers; what is drawn for a row does not.
+    The order depends on the number of processes and workers; the random draws for a row do not.
 
     Args:
         rows: A ``datasets.IterableDataset``, its images not decoded.

@@ -115,6 +115,7 @@ class SelfDistillationTrainer(Trainer):
             settings.attach_method(self.method, model, args, has_mix=mix is not None)
         args, metrics = settings.own_arguments(args), compute_metrics or compute_exit_metrics
         super().__init__(model=model, args=args, compute_metrics=metrics, **kwargs)
+        hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
         others = (self.average, self.restore, self.card_recorder, hub.ReportPushes(self))
@@ -232,7 +233,7 @@ class SelfDistillationTrainer(Trainer):
         return output
 
     def prediction_step(self, *args, **kwargs) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Reduce logits to what the metrics need before they, and label maps, are gathered and kept."""
+        """Reduce logits, and label maps, to the inputs of the metrics before they are gathered and kept."""
         loss, logits, labels = super().prediction_step(*args, **kwargs)
         if not self.reduces_logits or logits is None or labels is None:
             return loss, logits, labels
@@ -256,7 +257,6 @@ class SelfDistillationTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.aside is None:  # else it has not got its name yet
-            hub.ensure_branch(self, self.args.hub_revision)
             hub.copy_loading_files(checkpoint_folder, self.args.output_dir)
             super()._push_from_checkpoint(checkpoint_folder)
 
@@ -274,7 +274,7 @@ class SelfDistillationTrainer(Trainer):
         """Save the model as ``Trainer`` does, and its card; checkpoints have none."""
         with resume.uncompiled(self):
             super().save_model(output_dir, _internal_call)
-        if not _internal_call and not (self.args.push_to_hub and output_dir is None):  # what was pushed has its card
+        if not _internal_call and not (self.args.push_to_hub and output_dir is None):  # pushing wrote the card
             self.create_model_card(folder=output_dir)
 
     def create_model_card(self, *, folder: str | None = None, **facts) -> None:

@@ -41,7 +41,7 @@ def teacher():
 
 
 def samples(name, count=24):
-    """Return images of which some have no label, or maps of which some are all void, more in the first half."""
+    """Return images, some without a label, or label maps, some with ignored pixels only, more in the first half."""
     generator = torch.Generator().manual_seed(0)
     data = []
     for index in range(count):

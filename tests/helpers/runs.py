@@ -1,4 +1,4 @@
-"""What tests of training look at: data that draws random numbers, losses and weights of a run."""
+"""Data that draws random numbers, and the losses, logs and weights of a run."""
 
 import random
 

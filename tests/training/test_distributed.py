@@ -71,7 +71,7 @@ def train_cases(rank, cases, processes, folder):
 
 
 def check_cases(found, others, folder):
-    """Compare what several processes trained with what one trains, and return the largest differences of weights."""
+    """Compare training on several processes with training on one, and return the largest differences of weights."""
     differences = {}
     for case in found:
         for other in others:  # planes, medians, branches and teachers are among the weights
@@ -92,7 +92,7 @@ def check_cases(found, others, folder):
 
 
 class Draws:
-    """A mix that notes what it draws and changes nothing."""
+    """A mix that records its draws and changes nothing."""
 
     def __init__(self):
         self.drawn = []
@@ -147,7 +147,7 @@ def test_each_process_mixes_by_seed_and_step(worked, tmp_path):
 
 def test_only_the_first_process_writes(worked):
     files = {path.name for path in (worked / "written1").rglob("*") if path.is_file()}
-    assert files == {"rng_state_1.pth", "process_1.safetensors"}  # what each process has of its own
+    assert files == {"rng_state_1.pth", "process_1.safetensors"}  # one of each process
     written = {path.name for path in (worked / "written0" / "checkpoint-4").iterdir()}
     assert {"model.safetensors", "scaffold.safetensors", "ema.safetensors", "method.json"} <= written
 

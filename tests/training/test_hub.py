@@ -30,7 +30,7 @@ def tags(files):
 
 
 def assert_holds(files, model):
-    """Check that files are what loading a model needs: its weights bit by bit and this package's code."""
+    """Check that files are those that loading a model needs: its weights bit by bit and this package's code."""
     assert files.keys() >= NEEDED
     weights = load(files["model.safetensors"])
     assert weights.keys() == model.state_dict().keys()
@@ -64,9 +64,10 @@ def test_processor_and_pipeline_from_a_repository(hub, build):
     processor = AutoImageProcessor.from_pretrained("ada/model")
     assert type(processor).__name__ == "TimmWrapperImageProcessor"
     probabilities = model(processor(image)["pixel_values"]).logits.softmax(dim=1)[0]
-    answers = pipeline("image-classification", model="ada/model")(image, top_k=5)
-    for answer in answers:
-        assert answer["score"] == pytest.approx(probabilities[model.config.label2id[answer["label"]]].item(), abs=1e-5)
+    predictions = pipeline("image-classification", model="ada/model")(image, top_k=5)
+    for found in predictions:
+        expected = probabilities[model.config.label2id[found["label"]]].item()
+        assert found["score"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -94,8 +95,8 @@ def test_a_segmentation_model_from_a_repository(hub, build_segmenter):
     loaded = AutoModelForSemanticSegmentation.from_pretrained("ada/maps")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     image = Image.effect_noise((50, 40), 100).convert("RGB")
-    answers = pipeline("image-segmentation", model="ada/maps")(image)
-    assert {answer["mask"].size for answer in answers} == {(50, 40)}
+    predictions = pipeline("image-segmentation", model="ada/maps")(image)
+    assert {found["mask"].size for found in predictions} == {(50, 40)}
 
 
 def test_tags_do_not_spread_to_other_models(hub, build):

@@ -13,7 +13,7 @@ from tests.helpers.recipe import PLAIN_SGD
 
 
 def entries(args):
-    """Return what arguments hold, with a copy of what could be changed in place."""
+    """Return the fields of arguments, with copies of those that could be changed in place."""
     return {
         name: copy.deepcopy(value) if isinstance(value, (dict, list)) else value for name, value in vars(args).items()
     }
