@@ -24,7 +24,8 @@ $(BIN)/.installed: pyproject.toml
 	touch $@
 
 train: install
-	$(BIN)/accelerate launch examples/train_cifar.py --dataset digits --preset smoke \
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		examples/train_cifar.py --dataset digits --preset smoke \
 		--output_dir runs/digits --resume_from_checkpoint last
 
 test: install

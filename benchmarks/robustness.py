@@ -176,7 +176,7 @@ model = MultiExitForImageClassification.from_backbone("test_resnet", num_labels=
 trainer = SelfDistillationTrainer(model, args, train_dataset=images, max_skipped_batches=int(sys.argv[2]))
 trainer.train()
 finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-print(f"finite: {finite} skipped: {trainer.safeguard.skipped}\\n", end="")  # in one piece: processes share the output
+print(f"finite: {finite} skipped: {trainer.nonfinite.skipped}\\n", end="")  # in one piece: processes share the output
 """
 
 
@@ -211,7 +211,7 @@ REFUSALS = (
     "test_pretrained",
     "test_configuration",
     "test_resuming",
-    "test_safeguard",
+    "test_nonfinite",
 )
 
 

@@ -14,9 +14,9 @@ from hf_selfkd import SelfDistillationTrainer
 from hf_selfkd.training import ProgressTable, find_last_checkpoint
 
 # Facts of the model card that cost time to find, beside those of the data.
-CARD_EXTRAS: dict[str, Any] = {}
+CARD_EXTRAS: dict[str, Any] = {"latency": True, "commit": True}
 # Options that every example gives to the trainer.
-TRAINER_OPTIONS: dict[str, Any] = {}
+TRAINER_OPTIONS: dict[str, Any] = {"save_on_sigterm": True}
 
 
 @dataclass

@@ -144,7 +144,7 @@ def multi_exit_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is none.
     """
-    found = next((module for module in model.modules() if hasattr(module, "exit_stages")), None)
+    found = next((module for module in model.modules() if "exit_stages" in vars(module)), None)
     if found is None:
         raise ValueError(
             f"Expected a multi-exit model, but got {type(model).__name__}. Build one with "

@@ -131,7 +131,7 @@ def collect_facts(
         tags=[*trainer.model.model_tags, *_listed(tags)],
         latency=measure_latency(trainer.model) if latency and not is_sharded else None,
         commit=current_commit() if commit else None,
-        **_evaluation_facts(trainer.evaluation),
+        **_evaluation_facts(trainer.card_recorder.evaluation),
         **_training_facts(trainer, recipe or {}),
     )
 
@@ -148,7 +148,7 @@ def _training_facts(trainer: Trainer, recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         "num_train_images": _length(trainer.train_dataset),
         "recipe": training_recipe(trainer) | recipe,
-        "has_old_policy": trainer.model.config.exit_policy == trainer.policy_before_training,
+        "has_old_policy": trainer.model.config.exit_policy == trainer.card_recorder.policy_before_training,
         **method_facts(trainer.method),
     }
 

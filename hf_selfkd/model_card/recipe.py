@@ -45,7 +45,7 @@ def training_recipe(trainer: Trainer) -> dict[str, Any]:
         "decay_norms": trainer.decay_norms,
         "ema_decay": None if trainer.average is None else trainer.average.decay,
         "mix": None if trainer.mix is None else getattr(trainer.mix, "__name__", type(trainer.mix).__name__),
-        "frozen backbone": trainer.model._backbone_frozen,
+        "frozen backbone": trainer.network._backbone_frozen,
         "processes": args.world_size if args.world_size > 1 else None,
     }
     return recipe | {name: value for name, value in own.items() if value} | {"device": device_name(args.device)}

@@ -1,4 +1,4 @@
-"""What only trains and never ships: the trainer, its callbacks, checkpoints and data."""
+"""Training only, never with a checkpoint: the trainer, its callbacks, checkpoints and data."""
 
 from .checkpoints import find_last_checkpoint
 from .progress import ProgressTable

@@ -1,8 +1,10 @@
-"""What a training checkpoint holds beside the model, and how it becomes whole at once."""
+"""Checkpoint folders: complete or absent, whatever stops the run, and the files in them beside transformers' own."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -16,10 +18,13 @@ SCAFFOLD_NAME = "scaffold.safetensors"
 AVERAGE_NAME = "ema.safetensors"
 METHOD_NAME = "method.json"
 MANIFEST_NAME = "files.json"
-# Where checkpoints are written and deleted: a name that get_last_checkpoint never takes and the Hub never gets.
+# Checkpoints are written and deleted in this folder: get_last_checkpoint never takes the name, the Hub never gets it.
 INCOMPLETE_NAME = "_incomplete"
 
 logger = logging.get_logger(__name__)
+
+
+# Files of a checkpoint
 
 
 def save_state(state: dict[str, Tensor], folder: str, name: str) -> None:
@@ -28,23 +33,23 @@ def save_state(state: dict[str, Tensor], folder: str, name: str) -> None:
     save_file(tensors, os.path.join(folder, name), metadata={"format": "pt"})
 
 
-def load_state(folder: str, name: str, what: str) -> dict[str, Tensor]:
+def load_state(folder: str, name: str, part: str) -> dict[str, Tensor]:
     """Read tensors from a file of the checkpoint.
 
     Raises:
-        ValueError: If the run that wrote the checkpoint had none.
+        ValueError: If there is no such file, because the run that wrote the checkpoint had no such part.
     """
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise ValueError(
-            f"The checkpoint has no {name}: the run that wrote it had no {what}. Resume with the settings that wrote "
+            f"The checkpoint has no {name}: the run that wrote it had no {part}. Resume with the settings that wrote "
             "it, or start a new run from its weights with from_pretrained."
         )
     return load_file(path)
 
 
 def save_method(folder: str, method: str) -> None:
-    """Note which method wrote the checkpoint."""
+    """Record the name of the method that wrote the checkpoint."""
     with open(os.path.join(folder, METHOD_NAME), "w") as file:
         json.dump({"name": method}, file)
 
@@ -64,10 +69,10 @@ def check_method(folder: str, method: str) -> None:
 
 
 def load_scaffold(scaffold: nn.Module, folder: str) -> None:
-    """Load what only trains.
+    """Load the modules used only in training.
 
     Raises:
-        ValueError: If the checkpoint has none, or that of another network.
+        ValueError: If the checkpoint has none, or those of another network.
     """
     state = load_state(folder, SCAFFOLD_NAME, "scaffold")
     if differing := state.keys() ^ scaffold.state_dict().keys():
@@ -78,10 +83,48 @@ def load_scaffold(scaffold: nn.Module, folder: str) -> None:
     load_gathered_state(scaffold, state, strict=False)  # a frozen teacher is not in the file
 
 
-def publish(run_folder: str, name: str, limit: int | None, best: str | None) -> None:
-    """Give a checkpoint that was written among the incomplete ones its name, and delete the oldest above ``limit``.
+def load_average(folder: str) -> dict[str, Tensor]:
+    """Read the averaged weights.
 
-    Killed at any moment, this leaves no checkpoint that is not whole. Neither the newest nor the best is deleted.
+    Raises:
+        ValueError: If the checkpoint has none.
+    """
+    return load_state(folder, AVERAGE_NAME, "ema_decay")
+
+
+# Writing
+
+
+@contextmanager
+def written_aside(run_folder: str, name: str) -> Iterator[str]:
+    """Yield the folder to write a checkpoint in, under its name, before :func:`commit_checkpoint`.
+
+    Raises:
+        OSError: If writing failed; the partial checkpoint is removed, and earlier checkpoints are unchanged.
+        RuntimeError: The same, for the errors that safetensors and torch raise when a disk is full.
+    """
+    aside = os.path.join(run_folder, INCOMPLETE_NAME)
+    try:
+        yield aside
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise (OSError if isinstance(error, OSError) else RuntimeError)(
+            f"{name} could not be written to {run_folder}: {error}. Earlier checkpoints are unchanged; there must be "
+            "room for one more beside them. Free some space, then resume from the last one."
+        ) from error
+
+
+def commit_checkpoint(run_folder: str, name: str, limit: int | None, best: str | None) -> None:
+    """Give a checkpoint that was written aside its name, and delete the oldest ones above ``limit``.
+
+    Killed at any moment, there is no incomplete checkpoint under a checkpoint's name. Neither the newest nor the
+    best is deleted.
+
+    Args:
+        run_folder: Folder of the run, which holds its checkpoints.
+        name: Name of the checkpoint.
+        limit: Number of checkpoints to keep; ``None`` for all.
+        best: Path of the best checkpoint, if there is one.
     """
     incomplete = os.path.join(run_folder, INCOMPLETE_NAME)
     written, final = os.path.join(incomplete, name), os.path.join(run_folder, name)
@@ -105,17 +148,17 @@ def _write_manifest(folder: Path) -> None:
     manifest.write_text(json.dumps(sizes, indent=1))
     for path in [*files, manifest]:
         with open(path, "rb+") as file:
-            os.fsync(file.fileno())  # after a loss of power too, a name stands for data that is there
+            os.fsync(file.fileno())  # so that the name stands for complete data after a power loss too
 
 
 def _set_aside(checkpoint: str) -> None:
-    """Take its name from a checkpoint that is to be deleted: killed meanwhile, no half of it keeps the name."""
+    """Move a checkpoint that is to be deleted: killed meanwhile, no half of it keeps the name."""
     folder, name = os.path.split(checkpoint)
     os.rename(checkpoint, os.path.join(folder, INCOMPLETE_NAME, f"deleted-{name}"))
 
 
 def remove_incomplete(run_folder: str) -> None:
-    """Remove what a run left that was stopped while it wrote or deleted a checkpoint."""
+    """Remove the remains of a checkpoint that was being written or deleted when a run was stopped."""
     folder = os.path.join(run_folder, INCOMPLETE_NAME)
     if not os.path.isdir(folder):
         return
@@ -124,11 +167,14 @@ def remove_incomplete(run_folder: str) -> None:
     shutil.rmtree(folder)
 
 
+# Reading
+
+
 def check_complete(folder: str) -> None:
-    """Check that a checkpoint holds all that was written into it.
+    """Check that a checkpoint holds everything that was written into it.
 
     Raises:
-        ValueError: If a file is missing or has another size; names it.
+        ValueError: If a file is missing or has another size; the error has its name.
     """
     path = os.path.join(folder, MANIFEST_NAME)
     if not os.path.isfile(path):
@@ -146,12 +192,12 @@ def check_complete(folder: str) -> None:
 
 
 def find_last_checkpoint(run_folder: str) -> str | None:
-    """Return the newest checkpoint that is whole, ``None`` if there is none; what is passed over is logged."""
+    """Return the newest complete checkpoint, ``None`` if there is none; damaged ones are logged and skipped."""
     for checkpoint in reversed(sort_checkpoints(run_folder)):
         try:
             check_complete(checkpoint)
         except ValueError as error:
-            logger.warning(f"Passed over: {error}")
+            logger.warning(f"Skipped: {error}")
         else:
             return checkpoint
     return None

@@ -1,10 +1,10 @@
-"""Training data larger than the disk: a stream that processes and their workers share."""
+"""Training data larger than the disk: a stream that is shared by processes and their workers."""
 
 import copy
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -12,27 +12,35 @@ import torch.distributed as dist
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from .distributed import on_any_process
+from .label_checks import LabelCheck
 from .seeded_data import SeededDataset
+
+# What the stock loader of a stream is configured by; the batches of a stream are never short, so none is dropped.
+_LOADER_SETTINGS = (
+    *("batch_size", "collate_fn", "num_workers", "pin_memory", "persistent_workers"),
+    *("multiprocessing_context", "prefetch_factor", "in_order"),
+)
 
 
 class SeededStream(IterableDataset):
-    """Rows of a streamed data set, made samples under random states that depend on seed, epoch and row only.
+    """Samples from the rows of a streamed data set, drawn under random states of seed, epoch and row only.
 
     In training every epoch is one pass in a new order: shards are shuffled and dealt to processes, within each to
-    workers, and their rows are mixed in a buffer. Each row comes once, but for those that fill up: the last batch of a
-    worker with that worker's first rows, and a process that is done early with its own images until all are. With
-    fewer shards than processes every process reads all of them and keeps its share of the rows.
+    workers, and their rows are mixed in a buffer. Each row comes once, except for filling up: the last batch of a
+    worker is filled with that worker's first rows, and a process that is done early repeats its own images until all
+    are done. With fewer shards than processes every process reads all of them and keeps its share of the rows.
 
-    The order depends on the number of processes and workers; what is drawn for a row does not.
+    The order depends on the number of processes and workers; the random draws for a row do not.
 
     Args:
         rows: A ``datasets.IterableDataset``, its images not decoded.
         transform: From a row to a sample with ``pixel_values`` and ``labels``.
-        key: From a row to the bytes that tell it from others, such as those of its image.
-        num_rows: Their number, so that a run can be measured in epochs; ``None`` if it is not known.
+        key: From a row to bytes that identify it, such as those of its image.
+        num_rows: Number of rows, so that a run can be measured in epochs; ``None`` if it is not known.
         buffer_size: Rows that each worker mixes at a time in training.
     """
 
@@ -62,23 +70,23 @@ class SeededStream(IterableDataset):
     def prepared(
         self,
         seed: int,
-        num_labels: int,
-        name: str,
-        ignore_index: int = 255,
+        check_label: LabelCheck,
         share: tuple[int, int, int] | None = None,
+        *,
+        outlives_sigterm: bool = False,
     ) -> "SeededStream":
-        """Return the stream with what a run knows; each sample is checked, see :class:`SeededDataset`.
+        """Return the stream for a run; each sample is checked, see :class:`SeededDataset`.
 
         Args:
-            seed: Of the run.
-            num_labels: Class indices in ``labels`` must be below it.
-            name: What the data is called in errors, which name a row by the checksum of its key.
-            ignore_index: What void pixels of label maps are marked with, beside -100.
-            share: In training: this process, of how many, and the size of its batches.
+            seed: Seed of the run.
+            check_label: Check of each sample's label; errors identify a row by the checksum of its key.
+            share: In training: index of this process, number of processes, and batch size.
+            outlives_sigterm: Whether workers survive the first SIGTERM.
         """
         stream = copy.copy(self)
         stream.share = share
-        stream._seeded = SeededDataset(_CurrentRow(self.transform), seed, num_labels, name, ignore_index)
+        row = _CurrentRow(self.transform)
+        stream._seeded = SeededDataset(row, seed, check_label, outlives_sigterm=outlives_sigterm)
         if share is not None:
             stream._seeded.share_epoch()
         stream.epoch = stream._seeded.epoch
@@ -93,12 +101,12 @@ class SeededStream(IterableDataset):
         enough = rows.num_shards >= processes
         mine = rows.shard(processes, process) if enough else split_dataset_by_node(rows, process, processes)
         first, count = [], 0
-        for row in mine:  # datasets gives each worker its part
+        for row in mine:  # datasets shares them out to the workers
             count += 1
             if len(first) < batch_size:
                 first.append(row)
             yield self._draw(row)
-        yield from map(self._draw, islice(cycle(first), -count % batch_size))
+        yield from map(self._draw, itertools.islice(itertools.cycle(first), -count % batch_size))
 
     def _draw(self, row: dict[str, Any]) -> dict[str, Any]:
         if self._seeded is None:
@@ -108,7 +116,7 @@ class SeededStream(IterableDataset):
 
 
 class _CurrentRow(Dataset):
-    """The row that is drawn, as a data set whose only sample it is, whatever its index."""
+    """The row that is being drawn, as a data set with this sample at every index."""
 
     def __init__(self, transform: Callable[[dict[str, Any]], dict[str, Any]]):
         self.transform = transform
@@ -125,7 +133,7 @@ class StreamLoader:
     """Batches of a process's part of a stream; all processes get as many as the one with the most.
 
     Args:
-        loader: Gives this process's batches.
+        loader: Yields the batches of this process.
         multiple: Batches per step: the number of batches is a multiple of it.
     """
 
@@ -134,7 +142,7 @@ class StreamLoader:
         self.dataset = loader.dataset
         self.multiple = multiple
         self.skip = 0
-        self.position = (0, 0)  # where a resumed run goes on: epoch, and batches of it that are behind
+        self.position = (0, 0)  # where a resumed run continues: epoch, and number of its batches that are done
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if several else None
 
@@ -145,111 +153,106 @@ class StreamLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         epoch = int(self.dataset.epoch)
         skip, self.skip = self.skip, 0
-        batches = self._evened()
-        count, ahead = 0, next(batches, None)
-        while ahead is not None:
-            batch, ahead = ahead, next(batches, None)  # one ahead, to know the last
-            count += 1
-            self.position = (epoch + 1, 0) if ahead is None else (epoch, count)
+        for count, (batch, is_last) in enumerate(_mark_last(self._evened()), start=1):
+            self.position = (epoch + 1, 0) if is_last else (epoch, count)
             if count > skip:
                 yield batch
 
     def _evened(self) -> Iterator[dict[str, Tensor]]:
-        batches, has_own, count = iter(self.loader), True, 0
-        while True:
-            batch = next(batches, None)
-            has_own = has_own and batch is not None
-            if not has_own and count == 0:
+        """Yield the own batches, then repeat them until no process has any left, at the end of a step."""
+        own, is_own = iter(self.loader), True
+        for count in itertools.count():
+            batch = next(own, None)
+            is_own = is_own and batch is not None
+            if not is_own and count == 0:
                 raise ValueError("A process got no row of the stream. Use fewer processes, or data in more shards.")
-            if count % self.multiple == 0 and not self._on_any(has_own):
+            if count % self.multiple == 0 and not on_any_process(is_own, group=self._group):
                 return
-            if batch is None:  # others are not done yet
-                batches = iter(self.loader)
-                batch = next(batches)
-            count += 1
+            if batch is None:
+                own = iter(self.loader)
+                batch = next(own)
             yield batch
 
-    def _on_any(self, value: bool) -> bool:
-        if self._group is None:
-            return value
-        flag = torch.tensor(int(value))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+
+def _mark_last(items: Iterator) -> Iterator[tuple[Any, bool]]:
+    """Yield each item, and whether it is the last one; reads one ahead.
+
+    Example:
+        >>> list(_mark_last(iter("ab")))
+        [('a', False), ('b', True)]
+    """
+    end = object()
+    item = next(items, end)
+    while item is not end:
+        ahead = next(items, end)
+        yield item, ahead is end
+        item = ahead
+
+
+def stream_dataloader(stream: SeededStream, stock: DataLoader, multiple: int) -> StreamLoader:
+    """Build the training loader of a stream as the stock one is configured, without sharing its rows out once more.
+
+    Args:
+        stream: A prepared stream, see :meth:`SeededStream.prepared`.
+        stock: The loader that Trainer and Accelerate build of it.
+        multiple: As in :class:`StreamLoader`.
+    """
+    return StreamLoader(DataLoader(stream, **{name: getattr(stock, name) for name in _LOADER_SETTINGS}), multiple)
 
 
 class StreamPosition(TrainerCallback, ExportableState):
-    """Keeps in checkpoints how far the stream is, and measures epochs by its length."""
+    """Keeps the position in a stream in checkpoints, and measures epochs by the length of the stream.
+
+    Attributes:
+        loader: Training loader of the stream; ``None`` if the training data is none.
+        batches_per_epoch: Batches of one process in an epoch, ``None`` if the length is not known.
+    """
 
     def __init__(self):
         self.loader: StreamLoader | None = None
         self.batches_per_epoch: float | None = None
 
-    def state(self) -> dict[str, Any]:
-        """Return what ``trainer_state.json`` holds."""
-        return {"args": {}, "attributes": {"position": self.loader.position if self.loader is not None else None}}
+    def follow(self, data: Any, loader: DataLoader, multiple: int) -> StreamLoader | None:
+        """Follow the training data, if it is a stream, and return its loader.
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Correct the epoch: the trainer believes that it lasts for the whole run."""
-        if self.loader is not None:
-            epoch, batches = self.loader.position
-            whole = self.batches_per_epoch or state.max_steps * args.gradient_accumulation_steps
-            state.epoch = epoch + min(batches / whole, math.nextafter(1.0, 0.0))
+        Args:
+            data: Prepared for a run.
+            loader: The loader that Trainer and Accelerate build of it.
+            multiple: As in :class:`StreamLoader`.
+        """
+        self.loader = None
+        if isinstance(data, SeededStream):
+            self.loader = stream_dataloader(data, loader, multiple)
+            _, processes, batch_size = data.share
+            self.batches_per_epoch = None if data.num_rows is None else data.num_rows / (batch_size * processes)
+        return self.loader
 
+    def resume(self, state: TrainerState, skips_data: bool) -> int:
+        """Move the loader to the position in a checkpoint, and return its epoch.
 
-class StreamingTrainer(Trainer):
-    """The part of the trainer that knows streams: their share of each process, their length, their position."""
+        Args:
+            state: State from the checkpoint.
+            skips_data: Whether to skip the batches of the epoch that are done.
 
-    def __init__(self, *args, **kwargs):
-        self._position = StreamPosition()
-        super().__init__(*args, **kwargs)
-        if isinstance(self.train_dataset, SeededStream):
-            self.add_callback(self._position)
-
-    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
-        if is_training:
-            self._position.loader = None
-        if isinstance(dataset, SeededStream):
-            share = (self.args.process_index, self.args.world_size, batch_size) if is_training else None
-            config = self.model.config
-            void = config.semantic_loss_ignore_index
-            dataset = dataset.prepared(self.args.seed, config.num_labels, description.lower(), void, share)
-        if not is_training or not isinstance(dataset, SeededStream):
-            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
-        loader = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        self._position.loader = StreamLoader(loader, self.args.gradient_accumulation_steps)
-        if dataset.num_rows is not None:
-            self._position.batches_per_epoch = dataset.num_rows / (batch_size * self.args.world_size)
-        return self._position.loader
-
-    def stream_epochs(self, steps: int) -> float:
-        """Return how many epochs of the training stream, whose length must be known, so many steps are."""
-        return steps * self.get_total_train_batch_size(self.args) / len(self.train_dataset)
-
-    def set_initial_training_values(self, args, dataloader):
-        """Turn epochs of a stream into steps: the stock trainer cannot, because each process has its own number."""
-        if isinstance(dataloader, StreamLoader) and args.max_steps <= 0:
-            args = copy.copy(args)
-            args.max_steps = math.ceil(args.num_train_epochs / self.stream_epochs(1))
-        return super().set_initial_training_values(args, dataloader)
-
-    def _init_training_state(self, max_steps, *args) -> tuple[int, int]:
-        begun = super()._init_training_state(max_steps, *args)
-        if self._position.loader is None or not 0 < self.state.global_step < max_steps:
-            return begun
-        if StreamPosition.__name__ not in self.state.stateful_callbacks:
+        Raises:
+            ValueError: If the checkpoint has no position.
+        """
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is None:
             raise ValueError(
                 "The checkpoint was not trained on a stream. Resume with the data that it was trained on."
             )
-        epoch, batches = self.state.stateful_callbacks[StreamPosition.__name__]["attributes"]["position"]
-        if not self.args.ignore_data_skip:
-            self._position.loader.skip = batches
-        return epoch, 0
+        epoch, batches = saved["attributes"]["position"]
+        self.loader.skip = batches if skips_data else 0
+        return epoch
+
+    def state(self) -> dict[str, Any]:
+        """Return the entry of ``trainer_state.json``."""
+        return {"args": {}, "attributes": {"position": self.loader.position if self.loader is not None else None}}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Correct the epoch: for the trainer, one epoch lasts for the complete run."""
+        if self.loader is not None:
+            epoch, batches = self.loader.position
+            total = self.batches_per_epoch or state.max_steps * args.gradient_accumulation_steps
+            state.epoch = epoch + min(batches / total, math.nextafter(1.0, 0.0))

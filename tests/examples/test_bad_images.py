@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from hf_selfkd.training import SeededDataset
+from tests.helpers.runs import check_of
 
 
 def encode(image: PILImage.Image, kind: str = "PNG", **options) -> bytes:
@@ -47,7 +48,7 @@ BAD = {
 def test_refused(kind):
     rows = [{"image": {"bytes": INTACT, "path": "a.png"}, "label": 0}]
     rows.append({"image": None if BAD[kind] is None else {"bytes": BAD[kind], "path": "b.png"}, "label": 1})
-    samples = SeededDataset(data.LabelledImages(rows, lambda image: image), 0, num_labels=2, name="evaluation")
+    samples = SeededDataset(data.LabelledImages(rows, lambda image: image), 0, check_of(2, "evaluation"))
     assert samples[0]["pixel_values"].mode == "RGB"
     words = "the row holds no image" if BAD[kind] is None else r"b\.png is not a readable image \(.+\)"
     with pytest.raises(ValueError, match=rf"^Sample 1 of the evaluation data cannot be read: {words}"):

@@ -41,7 +41,7 @@ def teacher():
 
 
 def samples(name, count=24):
-    """Return images of which some, more in the first half, have no label or only ignored pixels."""
+    """Return images, some without a label, or label maps, some with ignored pixels only, more in the first half."""
     generator = torch.Generator().manual_seed(0)
     data = []
     for index in range(count):

@@ -13,7 +13,7 @@ from hf_selfkd import (
     SelfDistillationTrainer,
     get_method,
 )
-from hf_selfkd.training.distributed import average_batch_norm, broadcast_buffers
+from hf_selfkd.training.distributed import average_batch_norm, broadcast_buffers, on_any_process
 from tests.helpers.data_parallel import CASES, GLOBAL_BATCH, network, samples, teacher
 from tests.helpers.processes import replace_batch_norm, run_in_processes
 from tests.helpers.recipe import PLAIN_SGD
@@ -71,7 +71,7 @@ def train_cases(rank, cases, processes, folder):
 
 
 def check_cases(found, others, folder):
-    """Compare what several processes trained with what one trains, and return the largest differences of weights."""
+    """Compare training on several processes with training on one, and return the largest differences of weights."""
     differences = {}
     for case in found:
         for other in others:  # planes, medians, branches and teachers are among the weights
@@ -92,7 +92,7 @@ def check_cases(found, others, folder):
 
 
 class Draws:
-    """A mix that notes what it draws and changes nothing."""
+    """A mix that records its draws and changes nothing."""
 
     def __init__(self):
         self.drawn = []
@@ -117,6 +117,7 @@ def work(rank, folder):
     planes.register_buffer("weight", torch.tensor(float(rank + 5)))
     broadcast_buffers(planes)
     found = {"draws": draws.drawn, "state": state, "mean": norm.running_mean, "planes": planes.weight}
+    found["flags"] = [on_any_process(flag) for flag in (rank == 1, torch.tensor(rank == 0), False)]
     torch.save(found, folder / f"work{rank}.pt")
 
 
@@ -146,23 +147,24 @@ def test_each_process_mixes_by_seed_and_step(worked, tmp_path):
 
 def test_only_the_first_process_writes(worked):
     files = {path.name for path in (worked / "written1").rglob("*") if path.is_file()}
-    assert files == {"rng_state_1.pth", "process_1.safetensors"}  # what each process has of its own
+    assert files == {"rng_state_1.pth", "process_1.safetensors"}  # one of each process
     written = {path.name for path in (worked / "written0" / "checkpoint-4").iterdir()}
     assert {"model.safetensors", "scaffold.safetensors", "ema.safetensors", "method.json"} <= written
 
 
-def test_batch_norm_ends_equal(worked):
+def test_processes_agree(worked):
     first, second = (torch.load(worked / f"work{rank}.pt") for rank in range(2))
     assert any(name.endswith("running_var") for name in first["state"])
     assert all(torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items())
     for found in (first, second):
         assert found["mean"].tolist() == [0.5, 0.5]
         assert found["planes"] == 5
+        assert found["flags"] == [True, True, False]
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])
 def test_batch_norm_can_be_synchronised(build, batch, backbone):
-    """With one process synchronised batch norm does as batch norm does; with several it needs GPUs."""
+    """With one process synchronised batch norm equals batch norm; with several it needs GPUs."""
     method = get_method("frskd")
     model = build(backbone).train()
     model.scaffold = method.scaffold(model)
@@ -183,3 +185,8 @@ def test_every_method_trains_the_same(tmp_path, processes):
     differences = check_cases(found, others, tmp_path)
     print("\n".join(f"{processes} processes, {case}: {value:.1e}" for case, value in differences.items()))
     assert max(differences.values()) < 2e-5
+
+
+def test_one_process_agrees_with_itself():
+    assert on_any_process(torch.tensor(True)) is True
+    assert on_any_process(False) is False

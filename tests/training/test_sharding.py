@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_selfkd import MultiExitForImageClassification, get_method
 from hf_selfkd.functional import add, counted_over_processes
-from hf_selfkd.training.averaging import WeightAverage
+from hf_selfkd.training.callbacks import EmaWeights
 from hf_selfkd.training.checkpoints import SCAFFOLD_NAME, load_scaffold, save_state
 from hf_selfkd.training.distributed import gather_state, is_sharded, unsharded
 from tests.helpers.data_parallel import CASES, GLOBAL_BATCH, network, samples, teacher
@@ -119,8 +119,8 @@ def train_sharded(rank, cases, folder):
             for name, tensor in whole.state_dict().items():
                 assert (ended[name].double() - tensor.double()).abs().max() < 2e-5, (case, name)
         dist.barrier()
-    with pytest.raises(ValueError, match="ema_decay needs whole weights on every process, but they are sharded"):
-        WeightAverage(0.9).on_train_begin(None, None, None, model)
+    with pytest.raises(ValueError, match="ema_decay needs complete weights on every process, but they are sharded"):
+        EmaWeights(0.9).on_train_begin(None, None, None, model)
 
 
 def test_sharded_training_is_that_of_one_process(tmp_path):

@@ -2,19 +2,21 @@
 
 import random
 import zlib
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_selfkd import SelfDistillationTrainer
-from hf_selfkd.training.streaming import SeededStream, StreamLoader
+from hf_selfkd.training.streaming import SeededStream, StreamLoader, StreamPosition
 from tests.helpers.data_parallel import network
 from tests.helpers.processes import run_in_processes
 from tests.helpers.recipe import PLAIN_SGD
+from tests.helpers.runs import check_of
 
 
 def draw(row):
@@ -38,7 +40,7 @@ def only_id(row):
 
 def passes(rank, processes, rows, shards, workers, batch_size, multiple=1):
     """Return the rows and their noise that a process gets in each of two epochs, batch by batch."""
-    part = stream(rows, shards, draw=only_id).prepared(0, 5, "training", share=(rank, processes, batch_size))
+    part = stream(rows, shards, draw=only_id).prepared(0, check_of(5, "training"), share=(rank, processes, batch_size))
     loader = StreamLoader(DataLoader(part, batch_size=batch_size, num_workers=workers), multiple)
     found = []
     for epoch in range(2):
@@ -87,7 +89,7 @@ def noise(processes, workers):
 
 
 def unsynchronised(rank, processes, workers):
-    part = stream(draw=only_id).prepared(0, 5, "training", share=(rank, processes, 4))
+    part = stream(draw=only_id).prepared(0, check_of(5, "training"), share=(rank, processes, 4))
     return DataLoader(part, batch_size=4, num_workers=workers)
 
 
@@ -154,11 +156,34 @@ def test_a_checkpoint_of_other_data(tmp_path):
         train(tmp_path, resume=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_position_is_needed_to_resume():
+    position = StreamPosition()
+    with pytest.raises(ValueError, match="was not trained on a stream"):
+        position.resume(TrainerState(), skips_data=True)
+    position.loader = StreamLoader(DataLoader(stream()), 1)
+    state = TrainerState(stateful_callbacks={"StreamPosition": {"args": {}, "attributes": {"position": [2, 5]}}})
+    assert (position.resume(state, skips_data=True), position.loader.skip) == (2, 5)
+    assert (position.resume(state, skips_data=False), position.loader.skip) == (2, 0)
+
+
+def test_every_argument_of_loaders_has_its_effect_on_streams():
+    """``dataloader_drop_last`` has nothing to drop: batches of a stream are filled up."""
+    settings = {"num_workers": 1, "pin_memory": False, "persistent_workers": True, "prefetch_factor": 3}
+    settings |= {"in_order": False, "multiprocessing_context": "spawn"}
+    known = {field.name for field in fields(TrainingArguments) if field.name.startswith("dataloader_")}
+    assert known == {f"dataloader_{name}" for name in (*settings, "drop_last")}
+    options = {f"dataloader_{name}": value for name, value in settings.items()}
+    args = TrainingArguments(use_cpu=True, max_steps=1, **options)
+    loader = SelfDistillationTrainer(network("test_vit"), args, train_dataset=stream()).get_train_dataloader().loader
+    found = {name: getattr(loader, name) for name in settings}
+    assert found | {"multiprocessing_context": loader.multiprocessing_context.get_start_method()} == settings
+
+
 def test_streams_are_evaluated(tmp_path):
     evaluation = stream(10, 2)
     trainer = train(tmp_path, data={"train_dataset": stream(), "eval_dataset": evaluation}, max_steps=1)
     metrics = trainer.evaluate()
-    listed = trainer.evaluate(list(evaluation.prepared(trainer.args.seed, 5, "evaluation")))
+    listed = trainer.evaluate(list(evaluation.prepared(trainer.args.seed, check_of(5, "evaluation"))))
     assert metrics["eval_accuracy_exit_0"] == listed["eval_accuracy_exit_0"]
     assert metrics["eval_loss"] == pytest.approx(listed["eval_loss"])
 

@@ -1,0 +1,85 @@
+"""Settings of a run: checked, and copied where the trainer decides otherwise than the stock one."""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from ..methods import Method
+from ..methods.base import multi_exit_model
+from ..model_card.facts import collect_facts
+from ..tasks import task_of
+from .hub import HiddenToken
+
+
+def check_settings(
+    args: TrainingArguments, card: dict[str, Any], max_skipped_batches: int, *, has_own_metrics: bool
+) -> None:
+    """Check settings before training.
+
+    Raises:
+        ValueError: If they contradict each other.
+        TypeError: If the facts for the model card have an unknown key.
+    """
+    if args.fp16 and max_skipped_batches:
+        raise ValueError("fp16 skips such batches itself. Leave max_skipped_batches at 0, or use bf16.")
+    if args.batch_eval_metrics and not has_own_metrics:
+        raise ValueError("batch_eval_metrics needs your own compute_metrics. Leave it out: ours needs no logits.")
+    known = list(inspect.signature(collect_facts).parameters)[2:]
+    if unknown := sorted(card.keys() - set(known)):
+        raise TypeError(f"card has the unknown keys {', '.join(unknown)}. It takes {', '.join(known)}.")
+
+
+def own_arguments(args: TrainingArguments) -> TrainingArguments:
+    """Return a copy of the arguments with the decisions of the trainer.
+
+    A shallow copy: building ``TrainingArguments`` again would reset the state of Accelerate.
+    """
+    args = copy.copy(args)
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every parameter gets a gradient in every step
+    if args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False  # equal from the start; batch norm is averaged when it is needed
+    args.logging_nan_inf_filter = False  # would read the loss twice a batch; NonFiniteGuard reads it once a step
+    args.enable_jit_checkpoint = False  # saves within a step, from where no run continues exactly; see SaveOnSigterm
+    if args.hub_token is not None:
+        args.hub_token = HiddenToken(args.hub_token)
+    return args
+
+
+def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, has_mix: bool) -> None:
+    """Attach a method to a model, with a scaffold that is equal on all processes.
+
+    Raises:
+        ValueError: If the model cannot be trained with the method or these settings.
+    """
+    network = multi_exit_model(model)
+    method.check(network)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("No parameter is left to train: the backbone is frozen and the model has no exits.")
+    if not task_of(network).takes_soft_labels and (args.label_smoothing_factor or has_mix):
+        raise ValueError(
+            f"label_smoothing_factor and mix make probabilities of labels, which {network.task} does not take. Leave "
+            "them out."
+        )
+    torch.manual_seed(args.seed)
+    method.attach(network)
+    network.add_model_tags(method.name.split("+"))
+
+
+@contextmanager
+def swapped(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give an object other attributes for a while."""
+    kept = {name: getattr(owner, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(owner, name, value)

@@ -1,0 +1,119 @@
+"""Settings are checked before training, and the caller's arguments are never edited."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from hf_selfkd import SelfDistillationTrainer, get_method
+from hf_selfkd.training.settings import attach_method, check_settings, own_arguments, swapped
+from tests.helpers.recipe import PLAIN_SGD
+
+
+def entries(args):
+    """Return the fields of arguments, with copies of those that could be changed in place."""
+    return {
+        name: copy.deepcopy(value) if isinstance(value, (dict, list)) else value for name, value in vars(args).items()
+    }
+
+
+def test_the_arguments_of_the_caller_are_not_edited(build, images, tmp_path):
+    args = TrainingArguments(
+        str(tmp_path),
+        **PLAIN_SGD,
+        max_steps=2,
+        enable_jit_checkpoint=True,
+        hub_token="hf_secret",
+        eval_strategy="epoch",
+    )
+    before = entries(args)
+    trainer = SelfDistillationTrainer(build(), args, train_dataset=images, eval_dataset=images)
+    trainer.train()
+    trainer.evaluate()
+    assert entries(args) == before
+    assert type(args.hub_token) is str
+    assert trainer.args is not args
+
+
+def test_the_trainer_decides_on_a_copy(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, hub_token="hf_secret", enable_jit_checkpoint=True)
+    own = own_arguments(args)
+    assert (own.ddp_find_unused_parameters, own.ddp_broadcast_buffers) == (False, False)
+    assert (own.logging_nan_inf_filter, own.enable_jit_checkpoint) == (False, False)
+    assert own.hub_token == "hf_secret"
+    assert pickle.loads(pickle.dumps(own)).hub_token is None
+    chosen = TrainingArguments(use_cpu=True, ddp_find_unused_parameters=True, ddp_broadcast_buffers=True)
+    assert own_arguments(chosen).ddp_find_unused_parameters is own_arguments(chosen).ddp_broadcast_buffers is True
+
+
+def test_contradictions_are_refused():
+    args = TrainingArguments(use_cpu=True)
+    check_settings(args, {}, 1, has_own_metrics=False)
+    args.fp16 = True  # which a CPU does not have
+    with pytest.raises(ValueError, match="fp16 skips such batches itself"):
+        check_settings(args, {}, 1, has_own_metrics=False)
+    check_settings(args, {}, 0, has_own_metrics=False)
+    args.batch_eval_metrics = True
+    with pytest.raises(ValueError, match="batch_eval_metrics needs your own compute_metrics"):
+        check_settings(args, {}, 0, has_own_metrics=False)
+    check_settings(args, {}, 0, has_own_metrics=True)
+
+
+def test_unknown_facts_for_the_card_are_refused_before_training(build, images):
+    args = TrainingArguments(use_cpu=True)
+    SelfDistillationTrainer(build(), args, train_dataset=images, card={"dataset": "cifar10", "license": "mit"})
+    with pytest.raises(TypeError, match="card has the unknown keys datset, licence. It takes model_name, dataset,"):
+        SelfDistillationTrainer(build(), args, train_dataset=images, card={"datset": "cifar10", "licence": "mit"})
+
+
+def test_no_method_is_refused(build):
+    with pytest.raises(TypeError, match="method must be a name or a Method"):
+        SelfDistillationTrainer(build(), TrainingArguments(use_cpu=True), type(get_method("byot")))
+
+
+def attach(model, method="byot", *, has_mix=False, **args):
+    attach_method(get_method(method), model, TrainingArguments(use_cpu=True, **args), has_mix=has_mix)
+
+
+def test_models_that_cannot_be_trained_are_refused(build, build_segmenter):
+    with pytest.raises(ValueError, match="multi-exit model is needed, but got Linear"):
+        attach(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="BYOT needs at least 2 exits"):
+        attach(build(exits=[]))
+    frozen = build(exits=[])
+    frozen.freeze_backbone()
+    with pytest.raises(ValueError, match="No parameter is left to train"):
+        attach(frozen, "none")
+    for options in ({"has_mix": True}, {"label_smoothing_factor": 0.1}):
+        with pytest.raises(ValueError, match="label_smoothing_factor and mix are for image classification"):
+            attach(build_segmenter(), "none", **options)
+
+
+def test_a_scaffold_depends_on_the_seed_only(build):
+    def scaffold_of(seed):
+        model = build()
+        torch.rand(seed)  # whatever was drawn before
+        attach(model, "frskd", seed=seed)
+        return torch.cat([parameter.flatten() for parameter in model.scaffold.parameters()])
+
+    assert torch.equal(scaffold_of(3), scaffold_of(3))
+    assert not torch.equal(scaffold_of(3), scaffold_of(4))
+
+
+def test_the_method_is_attached_inside_what_wraps_the_model(build):
+    model = build()
+    attach(torch.nn.Sequential(model), "frskd")
+    assert model.scaffold is not None
+    assert model.detach_exits
+    assert "frskd" in model.model_tags
+
+
+def test_attributes_return_after_an_error():
+    module = torch.nn.Linear(1, 1)
+    with pytest.raises(KeyError), swapped(module, training=False, bias=None):
+        assert (module.training, module.bias) == (False, None)
+        raise KeyError
+    assert module.training
+    assert module.bias.shape == (1,)
