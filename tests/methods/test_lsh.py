@@ -398,6 +398,6 @@ def test_errors(build, exits_of_vectors):
         get_method("lsh")(*exits_of_vectors, 0.0)
     model = build()
     torch.nn.init.zeros_(model.backbone.get_classifier().weight)
-    with pytest.raises(ValueError, match="standard deviation of the classifier's weights, but they are all equal"):
+    with pytest.raises(ValueError, match="standard deviation of the classifier's weights, but these are all equal"):
         get_method("lsh").scaffold(model)
     assert get_method("lsh", hash_std=0.03).scaffold(model).weight.std().item() == pytest.approx(0.03, rel=0.01)

@@ -334,7 +334,7 @@ def test_unknown_branch(trained):
 @pytest.fixture
 def no_chain(monkeypatch):
     def refuse(self, stage=None):
-        raise ValueError("What lies behind stage 3 of this Net cannot be copied: the network is no chain there.")
+        raise ValueError("The layers after stage 3 of this Net cannot be copied: the network is not sequential there.")
 
     monkeypatch.setattr(MultiExitForImageClassification, "copy_tail", refuse)
 
@@ -342,7 +342,7 @@ def no_chain(monkeypatch):
 def test_exits_are_the_students_where_the_last_stage_cannot_be_copied(no_chain, trained, batch, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_selfkd"):
         method, model = trained()
-    assert "OKDMDE takes the 4 exits as students instead." in caplog.text
+    assert "OKDMDE uses the 4 exits as students instead." in caplog.text
     output = model(batch["pixel_values"])
     assert "branch_logits" not in output.scaffold
     weights = [head.classifier.weight for head in model.exits] + [model.backbone.fc.weight]
@@ -361,7 +361,7 @@ def test_exits_that_are_students_are_not_detached(no_chain, build, train):
 
 
 def test_without_exits_there_are_no_students_left(no_chain, build):
-    with pytest.raises(ValueError, match="OKDMDE could take exits as students, but the model has none"):
+    with pytest.raises(ValueError, match="OKDMDE could use exits as students, but the model has none"):
         get_method("okd_mde").scaffold(build(exits=[]))
 
 
