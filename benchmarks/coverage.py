@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hf_selfkd import MultiExitConfig, MultiExitForImageClassification
 from hf_selfkd.functional import add, cross_entropy
-from hf_selfkd.models.hooks import Visitor, keep_rows, run
+from hf_selfkd.models.hooks import Collector, Visitor, keep_rows, run
 
 CLASSES = 10
 MAX_PARAMETERS = 120e6
@@ -208,9 +208,9 @@ def _checkpointing(model: MultiExitForImageClassification, images: Tensor) -> st
         model.backbone.set_grad_checkpointing(True)
     except AssertionError as error:
         return f"not applicable: timm says {error}"
-    seen = []
-    run(model.backbone.train(), model.anatomy, images, lambda index, output: seen.append(index))
-    silent = sorted(set(range(len(model.anatomy.stages))) - set(seen))
+    seen = Collector()
+    run(model.backbone.train(), model.anatomy, images, seen)
+    silent = sorted(set(range(len(model.anatomy.stages))) - seen.outputs.keys())
     return True if not silent else f"stages {silent} are silent"
 
 
