@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_selfkd import MultiExitConfig, MultiExitForImageClassification, MultiExitOutput, exit_costs
+from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, exit_costs
 from hf_selfkd.functional import cross_entropy
 from tests.helpers.models import build_copy
 
