@@ -210,9 +210,10 @@ def test_another_number_of_classes_draws_the_classifiers_anew(build, tmp_path):
         MultiExitForImageClassification.from_pretrained(tmp_path, num_labels=7)
     loaded = MultiExitForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert loaded(torch.randn(2, 3, 32, 32)).logits.shape == (2, 7)
+    state = model.state_dict()
     for name, tensor in loaded.state_dict().items():
-        if tensor.shape == model.state_dict()[name].shape:
-            assert torch.equal(tensor, model.state_dict()[name]), name
+        if tensor.shape == state[name].shape:
+            assert torch.equal(tensor, state[name]), name
         elif name.endswith("weight"):
             assert 0.01 < tensor.std() < 1, name
 
