@@ -31,6 +31,14 @@ _VECTORS = {
 }
 
 
+# Files of many seconds. They run first: one that started last would run alone.
+_LONG = ("tests/examples/", "tests/methods/test_contract.py", "tests/test_readme.py", "tests/training/test_trainer.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+
+
 def pytest_unconfigure():
     _HF_HOME.cleanup()  # workers of pytest-xdist end without finalizers
 
