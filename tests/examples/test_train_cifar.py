@@ -23,7 +23,6 @@ from tests.helpers.hub_server import HubServer
 from tests.helpers.runs import same_weights
 
 FAST = ["--backbone", "test_resnet", "--backbone_kwargs", "{}", "--use_cpu", "true"]
-LAUNCH = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 DIGITS = ["--dataset", "digits", "--preset", "smoke", "--num_train_epochs", "2", "--max_train_samples", "320"]
 DIGITS += ["--image_size", "8", "--learning_rate", "0.02", "--max_eval_samples", "120"]
 
@@ -49,7 +48,7 @@ def noise(mode: str = "RGB") -> PILImage.Image:
 def digits_run(tmp_path_factory):
     """Train on scikit-learn's digits like `make train`, but for fewer epochs of a smaller model, and push it."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, train_cifar.__file__, *DIGITS, *FAST]
+    command = [sys.executable, train_cifar.__file__, *DIGITS, *FAST]
     command += ["--push_to_hub", "true", "--hub_private_repo", "true", "--hub_token", "hf_of_ada"]
     with HubServer() as server:
         environment = server.environment(tmp_path_factory.mktemp("home"), token=None)
