@@ -37,10 +37,10 @@ def arguments(name):
     return {"teacher": timm.create_model("test_resnet", num_classes=5)} if name == "kd" else {}
 
 
-def on_backbones(*fast):
-    """Run a test for every method on every backbone; those not in ``fast`` are marked as slow."""
+def on_backbones(*fast, marks=((), pytest.mark.slow)):
+    """Run a test for every method on every backbone, with the first of the marks on those in ``fast``."""
     cells = [
-        pytest.param(name, backbone, marks=() if backbone in fast else pytest.mark.slow, id=f"{name}-{backbone}")
+        pytest.param(name, backbone, marks=marks[backbone not in fast], id=f"{name}-{backbone}")
         for name in METHODS
         for backbone in BACKBONES
     ]
@@ -157,8 +157,7 @@ def test_one_graph_under_compile(prepared, batch, name):
     assert None not in gradients(model, terms).values()
 
 
-@pytest.mark.slow
-@on_backbones()
+@on_backbones("test_resnet", "test_vit", marks=(pytest.mark.slow, pytest.mark.exhaustive))
 def test_compiled_gradients_are_the_same(prepared, batch, name, backbone):
     method, model = prepared(name, backbone)
     expected = {key: grad.clone() for key, grad in gradients(model, loss_terms(method, model, batch)).items()}
