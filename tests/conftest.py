@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import tempfile
@@ -37,6 +38,12 @@ _LONG = ("tests/examples/", "tests/methods/test_contract.py", "tests/test_readme
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+
+
+def pytest_collection_finish():
+    # Every training ends with a garbage collection, which takes longer than its steps if it goes through all that the
+    # imports have made.
+    gc.freeze()
 
 
 def pytest_unconfigure():
