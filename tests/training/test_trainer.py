@@ -204,11 +204,11 @@ def test_a_model_that_is_compiled_already_trains_and_resumes(build, train, tmp_p
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "trainer_kwargs": {"ema_decay": 0.5}}
     options["remove_unused_columns"] = False  # the wrapper's forward names none
     data = {"trainer_kwargs": options["trainer_kwargs"], "output_dir": str(tmp_path / "plain"), "max_steps": 3}
-    plain = train(build(small_input_stem=False), "frskd", **data)
-    trainer = train(compiled(), "frskd", **options)
+    plain = train(build(small_input_stem=False), "lsh", **data)
+    trainer = train(compiled(), "lsh", **options)
     assert trainer.network is not trainer.model
     assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5)
-    resumed = train(compiled(), "frskd", resume=str(tmp_path / "run" / "checkpoint-2"), **options)
+    resumed = train(compiled(), "lsh", resume=str(tmp_path / "run" / "checkpoint-2"), **options)
     assert losses(resumed) == losses(trainer)
     assert same_weights(resumed.network, trainer.network)
 
