@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 from transformers import TrainingArguments
 
+from hf_selfkd.tasks import TASKS
 from hf_selfkd.training.batches import add_indices, normalise, prepare_batch, seeded
 from hf_selfkd.training.seeded_data import SeededDataset
 
@@ -33,7 +34,8 @@ def trainer(build):
 def test_indexed_data_is_seeded(images, trainer):
     data = seeded(images, trainer, "training", 5)
     assert isinstance(data, SeededDataset)
-    assert (data.seed, data.check_label.num_labels, data.check_label.name) == (3, 5, "training")
+    assert (data.seed, data.check_label.config, data.check_label.name) == (3, trainer.network.config, "training")
+    assert data.check_label.task is TASKS["image-classification"]
     assert isinstance(data.epoch, torch.Tensor)  # shared with workers
     assert seeded(images, trainer, "evaluation").epoch == 0
     both = seeded({"a": images, "b": images[:3]}, trainer, "evaluation")
@@ -84,8 +86,8 @@ def test_integers_and_floats_train_the_same(build, train):
 def test_ignored_pixels_become_those_without_a_label(build_segmenter):
     config = build_segmenter(semantic_loss_ignore_index=11).config
     batch = {"labels": torch.tensor([[[0, 11], [3, 4]]], dtype=torch.uint8)}
-    prepare_batch(batch, config)
+    prepare_batch(batch, TASKS["image-segmentation"], config)
     assert batch["labels"].tolist() == [[[0, -100], [3, 4]]]
     batch = {"labels": torch.tensor([11, 2])}  # classes of images
-    prepare_batch(batch, config)
+    prepare_batch(batch, TASKS["image-classification"], config)
     assert batch["labels"].tolist() == [11, 2]

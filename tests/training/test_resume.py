@@ -116,7 +116,7 @@ def test_a_checkpoint_of_a_smaller_network_is_refused(build, saved):
     _, folder = saved
     config = json.loads(Path(folder, "config.json").read_text()) | {"exits": [1, 2]}
     Path(folder, "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"another network: it lacks exits.1.* and has nothing"):
+    with pytest.raises(ValueError, match=r"another network: it lacks exits.1.* and has none"):
         check_checkpoint(folder, build(exits=[1, 2]), "byot")
 
 
@@ -133,7 +133,7 @@ def test_unknown_weights_are_refused(build, saved, sharded):
     else:
         weights = load_file(Path(folder, "model.safetensors")) | {"more": torch.zeros(1)}
         save_file(weights, Path(folder, "model.safetensors"))
-    with pytest.raises(ValueError, match=r"lacks nothing \(0 names in all\) and has more \(1 names in all\)"):
+    with pytest.raises(ValueError, match=r"lacks none \(0 in all\) and has more \(1 in all\)"):
         check_checkpoint(folder, model, "byot")
 
 

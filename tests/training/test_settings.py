@@ -87,7 +87,7 @@ def test_models_that_cannot_be_trained_are_refused(build, build_segmenter):
     with pytest.raises(ValueError, match="No parameter is left to train"):
         attach(frozen, "none")
     for options in ({"has_mix": True}, {"label_smoothing_factor": 0.1}):
-        with pytest.raises(ValueError, match="label_smoothing_factor and mix are for image classification"):
+        with pytest.raises(ValueError, match="which image-segmentation does not take"):
             attach(build_segmenter(), "none", **options)
 
 
