@@ -78,7 +78,7 @@ def attach(model, method="byot", *, has_mix=False, **args):
 
 
 def test_models_that_cannot_be_trained_are_refused(build, build_segmenter):
-    with pytest.raises(ValueError, match="multi-exit model is needed, but got Linear"):
+    with pytest.raises(ValueError, match="Expected a multi-exit model, but got Linear"):
         attach(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="BYOT needs at least 2 exits"):
         attach(build(exits=[]))
