@@ -41,7 +41,7 @@ def measure(backbone: nn.Module) -> Anatomy:
     """Measure where the stages of a backbone end, and the sizes and layouts of their outputs.
 
     Runs a copy on the meta device, which takes neither memory nor arithmetic: timm's ``reduction`` numbers are stale
-    after a change of the stem, and the layout of a module's output is documented nowhere.
+    after a change of the stem, and the layout of a module's output is not documented.
 
     Args:
         backbone: A timm model with ``feature_info`` and a classifier, on any device; it is not changed.

@@ -35,7 +35,8 @@ def save_timm_checkpoint(backbone: nn.Module, config: MultiExitConfig, folder: s
     path = os.path.join(folder, "config.json")
     if os.path.isfile(path) and _read(path).get("model_type") == config.model_type:
         raise ValueError(
-            f"{os.fspath(folder)} holds a multi-exit model, whose files have the names of timm's. Give another folder."
+            f"{os.fspath(folder)} holds a multi-exit model, whose files have the names of timm's. Choose another "
+            "folder."
         )
     plain = copy_module(backbone)
     _fold_projection(plain)

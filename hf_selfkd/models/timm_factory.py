@@ -45,7 +45,7 @@ def create_backbone(
             f"with get_classifier(){_classifier_of(name)}."
         )
     if backbone.num_classes == 0:
-        raise ValueError(f"timm model '{name}' has no classes of its own. Give num_labels.")
+        raise ValueError(f"timm model '{name}' has no classes of its own. Pass num_labels.")
     if small_input_stem:
         _shrink_stem(backbone, name)
     if exit_width is not None:
@@ -79,7 +79,7 @@ def _shrink_stem(backbone: nn.Module, name: str) -> None:
     if not isinstance(conv, nn.Conv2d) or conv.stride in ((1, 1), conv.kernel_size):
         raise ValueError(
             f"small_input_stem needs a backbone that starts with a strided convolution, but '{name}' does not. "
-            "For patch-based models give backbone_kwargs such as {'img_size': 32, 'patch_size': 4}."
+            "For patch-based models pass backbone_kwargs such as {'img_size': 32, 'patch_size': 4}."
         )
     if conv.kernel_size == (3, 3):
         conv.stride = (1, 1)
@@ -140,7 +140,7 @@ def create_recorded(
     fields = dict(fields)
     given = dict(fields.pop("backbone_kwargs", None) or {})
     if "num_classes" in given:
-        raise ValueError("Give the number of classes as num_labels, not in backbone_kwargs.")
+        raise ValueError("Pass the number of classes as num_labels, not in backbone_kwargs.")
     backbone = create_backbone(
         name,
         num_classes=num_labels,

@@ -1,4 +1,4 @@
-"""Peculiarities of single timm families, as far as possible as data."""
+"""Peculiarities of individual timm families, as data where possible."""
 
 import copy
 
@@ -18,8 +18,8 @@ _STAGE_ENDS = {
     "Twins": {"block": "blocks"},
 }
 
-# Classes whose forward_intermediates reads values, which the meta device has not: their feature maps are the grid of
-# patches.
+# Classes whose forward_intermediates reads values, which the meta device does not have: their feature maps are the
+# grid of patches.
 _PATCH_GRIDS = {"Gemma4VitClassifier"}
 
 # Classes that resize every image to the size they were built for.
