@@ -210,12 +210,12 @@ def test_saving_runs_no_forward_pass_and_no_process(build, train, monkeypatch, t
 
 def test_an_evaluation_of_other_weights_is_left_out(build, images, train, tmp_path):
     trainer = train(build(), max_steps=1)
-    assert trainer.evaluation is None
+    assert trainer.card_recorder.evaluation is None
     metrics = trainer.evaluate()
     trainer.predict(images)
-    assert trainer.evaluation.metrics == metrics and trainer.evaluation.num_images == 20
+    assert trainer.card_recorder.evaluation.metrics == metrics and trainer.evaluation.num_images == 20
     trainer.train()
-    assert trainer.evaluation is None
+    assert trainer.card_recorder.evaluation is None
     trainer.save_model(tmp_path / "saved")
     card = ModelCard.load(tmp_path / "saved" / "README.md")
     assert card.data.eval_results is None and card.data.metrics is None
@@ -229,7 +229,7 @@ def test_the_best_weights_come_with_their_own_accuracy(build, train, tmp_path):
     best = trainer.state.best_global_step
     assert best < trainer.state.global_step, "the last epoch was the best, which shows nothing"
     (logged,) = [log for log in trainer.state.log_history if log["step"] == best and "eval_loss" in log]
-    assert trainer.evaluation.metrics["eval_accuracy_exit_0"] == logged["eval_accuracy_exit_0"]
+    assert trainer.card_recorder.evaluation.metrics["eval_accuracy_exit_0"] == logged["eval_accuracy_exit_0"]
     assert trainer.evaluate()["eval_accuracy_exit_0"] == logged["eval_accuracy_exit_0"]
     trainer.create_model_card()
     recipe = table_of((tmp_path / "run" / "README.md").read_text(), "setting")
