@@ -213,7 +213,7 @@ def test_an_evaluation_of_other_weights_is_left_out(build, images, train, tmp_pa
     assert trainer.card_recorder.evaluation is None
     metrics = trainer.evaluate()
     trainer.predict(images)
-    assert trainer.card_recorder.evaluation.metrics == metrics and trainer.evaluation.num_images == 20
+    assert trainer.card_recorder.evaluation.metrics == metrics and trainer.card_recorder.evaluation.num_images == 20
     trainer.train()
     assert trainer.card_recorder.evaluation is None
     trainer.save_model(tmp_path / "saved")
