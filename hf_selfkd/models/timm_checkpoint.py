@@ -5,12 +5,11 @@ import os
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
 from timm.models import save_for_hf
 from torch import nn
 
 from .configuration import MultiExitConfig
-from .timm_quirks import copy_module
+from .timm_quirks import copy_module, without_pooling
 
 # The fields that timm builds its transforms from.
 _TRANSFORMS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -57,8 +56,7 @@ def save_timm_checkpoint(backbone: nn.Module, config: MultiExitConfig, folder: s
 @torch.no_grad()
 def _fold_projection(backbone: nn.Module) -> None:
     """Fold the projection and the classifier of ``exit_width`` into one linear layer, multiplied in float64."""
-    classifier = backbone.get_classifier()
-    classifier = classifier.fc if isinstance(classifier, ClassifierHead) else classifier
+    classifier = without_pooling(backbone.get_classifier())
     if not isinstance(classifier, nn.Sequential):
         return
     projection, last = classifier

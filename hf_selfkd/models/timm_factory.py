@@ -4,14 +4,13 @@ import copy
 from typing import Any
 
 import timm
-from timm.layers import ClassifierHead
 from timm.models import get_arch_pretrained_cfgs, parse_model_name
 from torch import nn
 
 from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
 from .did_you_mean import did_you_mean
 from .dry_run import input_shape
-from .timm_quirks import _STEM_POOLS
+from .timm_quirks import STEM_POOLS, without_pooling
 
 
 def create_backbone(
@@ -88,15 +87,14 @@ def _shrink_stem(backbone: nn.Module, name: str) -> None:
         nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
         backbone.set_submodule(path, small)
     modules = dict(backbone.named_modules())
-    for pool in _STEM_POOLS:
+    for pool in STEM_POOLS:
         if pool in modules and getattr(modules[pool], "stride", None) not in (1, (1, 1)):
             backbone.set_submodule(pool, nn.Identity())
 
 
 def _project_features(backbone: nn.Module, name: str, width: int) -> None:
     """Replace the classifier by a linear projection to ``width`` and a new classifier (LSH, section 3.1)."""
-    classifier = backbone.get_classifier()
-    classifier = classifier.fc if isinstance(classifier, ClassifierHead) else classifier
+    classifier = without_pooling(backbone.get_classifier())
     if not isinstance(classifier, nn.Linear):
         raise ValueError(
             f"exit_width needs a backbone with one linear classifier, but that of '{name}' is a "
