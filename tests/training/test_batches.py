@@ -47,7 +47,7 @@ def test_other_data_is_left_as_it_is(images, trainer):
         assert seeded(data, trainer, "evaluation") is data
 
 
-def test_batches_have_indices_behind_whatever_collates(images, trainer):
+def test_batches_have_indices_whatever_collates_them(images, trainer):
     loader = DataLoader(seeded(images, trainer, "training", 5), batch_size=4, collate_fn=default_collate)
     assert [batch["sample_indices"].tolist() for batch in add_indices(loader)][1] == [4, 5, 6, 7]
 

@@ -68,7 +68,7 @@ def test_unknown_facts_for_the_card_are_refused_before_training(build, images):
         SelfDistillationTrainer(build(), args, train_dataset=images, card={"datset": "cifar10", "licence": "mit"})
 
 
-def test_no_method_is_refused(build):
+def test_other_objects_than_methods_are_refused(build):
     with pytest.raises(TypeError, match="method must be a name or a Method"):
         SelfDistillationTrainer(build(), TrainingArguments(use_cpu=True), type(get_method("byot")))
 

@@ -40,10 +40,10 @@ def test_the_first_loss_is_the_methods(build, batch, images, train):
 
 @pytest.mark.parametrize("method", ["byot", "none"])
 def test_gradient_accumulation_changes_nothing(build, train, method):
-    whole = train(build(NORM_FREE), method, per_device_train_batch_size=10)
+    complete = train(build(NORM_FREE), method, per_device_train_batch_size=10)
     parts = train(build(NORM_FREE), method, per_device_train_batch_size=5, gradient_accumulation_steps=2)
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    for name, tensor in whole.model.state_dict().items():
+    assert losses(parts) == pytest.approx(losses(complete), rel=1e-5)
+    for name, tensor in complete.model.state_dict().items():
         torch.testing.assert_close(parts.model.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
 
 
