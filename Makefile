@@ -1,9 +1,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-# One process per core, of one thread each (tests/conftest.py); JOBS=0 runs the tests in this process.
+# One process per core, of one thread each; JOBS=0 runs the tests in this process. A file stays in one process, which
+# trains once what its tests share, and files start in the order of tests/conftest.py.
 JOBS ?= logical
-PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install train test test-slow test-all test-exhaustive check cards
 

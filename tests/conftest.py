@@ -1,9 +1,6 @@
-import copy
 import json
 import os
-import pickle
 import tempfile
-from functools import lru_cache
 from pathlib import Path
 
 # Read while huggingface_hub and torch are imported, here and in the subprocesses of the tests: no network, no file in
@@ -24,6 +21,7 @@ from hf_selfkd import (
     SelfDistillationTrainer,
 )
 from tests.helpers.hub_server import HubServer, connect
+from tests.helpers.models import build_copy
 from tests.helpers.recipe import PLAIN_SGD
 
 collect_ignore = ["helpers/load_without_library.py"]  # a script, which the search for doctests would run
@@ -31,6 +29,14 @@ collect_ignore = ["helpers/load_without_library.py"]  # a script, which the sear
 _VECTORS = {
     entry["id"]: entry for entry in json.loads((Path(__file__).parent / "vectors.json").read_text())["vectors"]
 }
+
+
+# Files of many seconds. They run first: one that started last would run alone.
+_LONG = ("tests/examples/", "tests/methods/test_contract.py", "tests/test_readme.py", "tests/training/test_trainer.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
 
 
 def pytest_unconfigure():
@@ -77,22 +83,6 @@ def exits_of_vectors(vector):
     return output, inputs["labels"]
 
 
-@lru_cache(maxsize=64)
-def _built(model_class, backbone, config):
-    torch.manual_seed(0)
-    return model_class.from_backbone(backbone, **pickle.loads(config)), torch.get_rng_state()
-
-
-def _copy_of(model_class, backbone, config):
-    """Return a copy of a model that this process builds once: building it takes ten times as long as copying it.
-
-    The random state is afterwards as if the model had been built.
-    """
-    model, random_state = _built(model_class, backbone, pickle.dumps(config))
-    torch.set_rng_state(random_state)
-    return copy.deepcopy(model)
-
-
 @pytest.fixture
 def build():
     """Return a function that gives a small multi-exit model with five classes for 32-pixel images, seeded with 0."""
@@ -103,7 +93,7 @@ def build():
         if backbone.startswith("test_vit"):
             config.setdefault("backbone_kwargs", {"img_size": 32, "patch_size": 8})
         config.setdefault("num_labels", 5)
-        return _copy_of(MultiExitForImageClassification, backbone, config)
+        return build_copy(MultiExitForImageClassification, backbone, **config)
 
     return build
 
@@ -114,7 +104,7 @@ def build_segmenter():
 
     def build_segmenter(backbone="test_resnet", **config):
         config = {"num_labels": 5, "pyramid_width": 8} | config
-        return _copy_of(MultiExitForSemanticSegmentation, backbone, config).train()
+        return build_copy(MultiExitForSemanticSegmentation, backbone, **config).train()
 
     return build_segmenter
 

@@ -18,9 +18,16 @@ PUBLISHED = {
     "efficientnet_b0": 0.39,
     "convnext_tiny": 4.47,
 }
+FAST = ("resnet50", "vit_small_patch16_224")
 
 
-@pytest.mark.parametrize(("name", "published"), PUBLISHED.items(), ids=PUBLISHED)
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        pytest.param(name, published, id=name, marks=[] if name in FAST else pytest.mark.slow)
+        for name, published in PUBLISHED.items()
+    ],
+)
 def test_costs_are_those_of_the_parts(name, published):
     with torch.device("meta"):
         model = MultiExitForImageClassification.from_backbone(name).eval()

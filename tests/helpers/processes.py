@@ -14,14 +14,20 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_in_processes(function, processes, *arguments):
-    """Call a module-level function in several processes of one process group.
+def forkserver():
+    """Return a context whose processes do not share the state of this one.
 
-    They are forked from a server that has imported the library once, because importing takes longer than training.
+    They are forked from a server that has imported the library once, because importing takes longer than a test.
     """
     multiprocessing.set_forkserver_preload(["hf_selfkd"])
+    return multiprocessing.get_context("forkserver")
+
+
+def run_in_processes(function, processes, *arguments):
+    """Call a module-level function in several processes of one process group."""
+    method = forkserver().get_start_method()
     torch.multiprocessing.start_processes(
-        _start, (function, processes, free_port(), arguments), nprocs=processes, start_method="forkserver"
+        _start, (function, processes, free_port(), arguments), nprocs=processes, start_method=method
     )
 
 

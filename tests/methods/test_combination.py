@@ -6,6 +6,7 @@ from torchvision.transforms import v2
 from hf_selfkd import Method, get_method, list_methods
 from hf_selfkd.functional import hash_projection
 from hf_selfkd.methods.combination import Combination
+from tests.helpers.runs import same_weights
 
 
 def lsh_scaffold(output):
@@ -140,8 +141,7 @@ def test_trains_and_resumes(build, train, tmp_path):
     terms = [value for name, value in entry.items() if name.startswith("loss/")]
     assert len(terms) == 5 and entry["loss"] == pytest.approx(sum(terms), abs=1e-3)
     resumed = train(build(), "eed+lsh", resume=str(tmp_path / "run" / "checkpoint-4"), **settings)
-    for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert same_weights(resumed.model, trainer.model)
 
 
 def test_trains_on_mixed_images(build, train):

@@ -187,7 +187,7 @@ def test_seeing_every_image_twice_changes_nothing(prepared, batch, name, backbon
     torch.testing.assert_close(twice, once, atol=1e-5, rtol=1e-4)
 
 
-@on_backbones("test_resnet", "test_vit")
+@on_backbones("test_resnet")
 def test_scaffolds_are_not_saved(prepared, batch, tmp_path, name, backbone):
     method, model = prepared(name, backbone)
     model.eval()

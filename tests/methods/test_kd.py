@@ -6,6 +6,7 @@ import torch
 
 from hf_selfkd import get_method
 from hf_selfkd.functional import smooth_labels
+from tests.helpers.runs import same_weights
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 32}
 SWIN |= {"patch_size": 2, "window_size": 4}
@@ -103,5 +104,4 @@ def test_trains_and_resumes(build, train, teacher, tmp_path):
     entry = once.state.log_history[0]
     assert entry["loss"] == pytest.approx(entry["loss/label"] + entry["loss/logit"], abs=1e-4)
     resumed = train(build(), method, resume=str(tmp_path / "run" / "checkpoint-4"), **settings)
-    for name, tensor in once.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert same_weights(resumed.model, once.model)

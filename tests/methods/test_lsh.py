@@ -11,6 +11,7 @@ from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, get_meth
 from hf_selfkd.functional import hash_loss, hash_projection, is_correct, masked_mean, median_bias, mse, squared_error
 from hf_selfkd.methods.lsh import LSH
 from tests.helpers.processes import run_in_processes
+from tests.helpers.runs import same_weights
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 32}
 SWIN |= {"patch_size": 2, "window_size": 4}
@@ -351,15 +352,14 @@ def test_resumes_with_its_hash_layer_and_never_prepares_again(build, train, teac
     monkeypatch.setattr(LSH, "prepare", lambda *args: pytest.fail("prepared on resume"))
     resumed = train(build(small_input_stem=False), method, resume=str(checkpoint), **settings)
     assert torch.equal(resumed.model.scaffold.bias, saved["bias"])
-    for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert same_weights(resumed.model, trainer.model)
 
 
 def test_exits_leave_a_taught_backbone_alone(build, train, teacher):
     method = get_method("lsh", teacher=teacher, num_hashes=40)
     with_exits, without = train(build(), method), train(build(exits=[]), method)
-    for name, tensor in without.model.backbone.state_dict().items():
-        torch.testing.assert_close(with_exits.model.backbone.state_dict()[name], tensor)
+    found, expected = (dict(trainer.model.backbone.state_dict()) for trainer in (with_exits, without))
+    torch.testing.assert_close(found, expected)
 
 
 # Settings

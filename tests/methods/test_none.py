@@ -2,6 +2,7 @@ import torch
 
 from hf_selfkd import get_method
 from hf_selfkd.functional import cross_entropy
+from tests.helpers.runs import same_weights
 
 
 def test_it_is_the_label_loss_of_the_final_exit(exits_of_vectors, vector):
@@ -15,8 +16,7 @@ def test_it_is_the_label_loss_of_the_final_exit(exits_of_vectors, vector):
 def test_the_backbone_learns_exactly_as_without_exits(build, batch, train, images):
     plain = train(build(exits=[]), "none").model
     with_exits = train(build(), "none").model
-    for name, parameter in plain.state_dict().items():
-        assert torch.equal(parameter, with_exits.state_dict()[name]), name
+    assert same_weights(with_exits, plain)
     fresh = build().exits.state_dict()
     learnt = with_exits.exits.state_dict()
     assert not any(torch.equal(fresh[name], learnt[name]) for name in fresh if name.endswith("weight"))

@@ -1,6 +1,8 @@
 """Cards rendered again from stored facts, and cards that were edited by hand."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -8,6 +10,7 @@ from huggingface_hub import ModelCard
 from hf_selfkd import ExitPolicy, MultiExitForImageClassification, get_method
 from hf_selfkd.model_card import CardFacts, method_facts, update_model_card, write_model_card
 from tests.helpers.cards import cited_by, sections_of, table_of
+from tests.helpers.models import build_copy
 
 RECORD = {
     "demand": {"max_risk": 0.05, "delta": 0.1},
@@ -22,10 +25,10 @@ TRIAL = {"num_images": 60, "accuracy": 0.51, "full_accuracy": 0.53, "cost": 0.61
 TRIAL |= {"images_per_second": 812.4, "plain_images_per_second": 640.0, "batch_size": 20}
 
 
-@pytest.fixture
-def checkpoint(build, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """Save a model with the card of its training, and return its folder."""
-    folder = tmp_path / "late"
+    folder = tmp_path_factory.mktemp("trained") / "late"
     names = [*(f"accuracy_exit_{exit}" for exit in range(4)), "accuracy_ensemble"]
     facts = CardFacts(
         name="late",
@@ -41,10 +44,16 @@ def checkpoint(build, tmp_path):
         commit="abc",
         **method_facts(get_method("byot", alpha=0.5)),
     )
-    model = build()
+    model = build_copy(MultiExitForImageClassification, "test_resnet", num_labels=5, small_input_stem=True)
     model.save_pretrained(folder)
     write_model_card(model, folder, facts)
     return folder
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """Return a copy of the folder to change."""
+    return Path(shutil.copytree(trained, tmp_path / "late"))
 
 
 def calibrated(folder):

@@ -49,9 +49,8 @@ def inputs_of(model):
 
 def test_with_the_models_weights_a_copy_is_the_model(model):
     tail = model.copy_tail().eval()
-    tail.load_state_dict(
-        {f"backbone.{name}": model.backbone.state_dict()[name] for name in tail.backbone.state_dict()}
-    )
+    state = model.backbone.state_dict()
+    tail.load_state_dict({f"backbone.{name}": state[name] for name in tail.backbone.state_dict()})
     with torch.no_grad():
         output = model.eval()(inputs_of(model), output_hidden_states=True)
         logits, features = tail(output.stage_outputs[tail.stage])

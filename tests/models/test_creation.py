@@ -62,10 +62,18 @@ def test_a_saved_card_builds_no_more_than_its_costs(built, build, train):
     assert len(built) <= 2 and set(built) <= {"meta"}  # multiply-adds, parameters
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "swin_tiny_patch4_window7_224", "crossvit_tiny_240"])
-def test_all_ways_to_a_model_measure_alike(backbone):
+@pytest.mark.parametrize(
+    ("backbone", "kwargs"),
+    [
+        ("test_resnet", {}),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 1, 1, 1)}),
+        ("crossvit_tiny_240", {"depth": ((1, 1, 0),) * 2}),
+    ],
+)
+def test_all_ways_to_a_model_measure_alike(backbone, kwargs):
+    options = {"num_labels": 5, "backbone_kwargs": kwargs}
     with torch.device("meta"):
-        config = MultiExitForImageClassification.from_backbone(backbone, num_labels=5).config
+        config = MultiExitForImageClassification.from_backbone(backbone, **options).config
         expected = MultiExitForImageClassification(config).anatomy
     assert MultiExitForImageClassification(config).anatomy == expected
-    assert MultiExitForImageClassification.from_backbone(backbone, num_labels=5).anatomy == expected
+    assert MultiExitForImageClassification.from_backbone(backbone, **options).anatomy == expected

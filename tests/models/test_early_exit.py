@@ -1,5 +1,4 @@
 import copy
-import multiprocessing
 import pickle
 import threading
 import warnings
@@ -15,6 +14,8 @@ from hf_selfkd import EarlyExitOutput, ExitPolicy, MultiExitForImageClassificati
 from hf_selfkd.deploy.pipeline import EarlyExitPipeline
 from hf_selfkd.models.early_exit import CPU_IMAGES_PER_THREAD
 from hf_selfkd.models.exit_policy import CRITERIA
+from tests.helpers.models import build_copy
+from tests.helpers.processes import forkserver
 
 SWIN = {
     "img_size": 32,
@@ -24,25 +25,32 @@ SWIN = {
     "depths": (1, 1, 1, 1),
     "num_heads": (1, 2, 4, 8),
 }
+DEIT = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3}
 CHAINS = {
     "test_resnet": {},
     "test_vit": {"img_size": 32, "patch_size": 8},
     "test_convnext": {},
     "test_efficientnet": {},
     "swin_tiny_patch4_window7_224": SWIN,  # NHWC maps
-    "deit_tiny_distilled_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 4},  # two classifiers
+    "deit_tiny_distilled_patch16_224": DEIT,  # two classifiers
     "tnt_s_legacy_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 4},  # several rows per image
     "pit_ti_224": {"img_size": 32, "patch_size": 4, "stride": 2, "base_dims": (8, 8, 8)},  # stages end in tuples
 }
-every_chain = pytest.mark.parametrize(("name", "kwargs"), CHAINS.items(), ids=CHAINS)
 every_criterion = pytest.mark.parametrize("criterion", CRITERIA)
+# All criteria for the first network and all networks with the first criterion; the others are slow.
+every_chain_and_criterion = pytest.mark.parametrize(
+    ("name", "criterion"),
+    [
+        pytest.param(name, criterion, marks=[pytest.mark.slow] if row and column else [])
+        for row, name in enumerate(CHAINS)
+        for column, criterion in enumerate(CRITERIA)
+    ],
+)
 
 
 def create(name="test_resnet", kwargs=None, **config):
-    torch.manual_seed(0)
-    return MultiExitForImageClassification.from_backbone(
-        name, backbone_kwargs=kwargs or {}, num_labels=5, **config
-    ).eval()
+    config |= {"backbone_kwargs": kwargs or {}, "num_labels": 5}
+    return build_copy(MultiExitForImageClassification, name, **config).eval()
 
 
 def unlike_images(count=12):
@@ -70,10 +78,9 @@ def all_exits(model, images):
 # Early exit
 
 
-@every_chain
-@every_criterion
-def test_early_exit_equals_running_all_exits_and_choosing(name, kwargs, criterion):
-    model, images = create(name, kwargs), unlike_images()
+@every_chain_and_criterion
+def test_early_exit_equals_running_all_exits_and_choosing(name, criterion):
+    model, images = create(name, CHAINS[name]), unlike_images()
     exit_logits = all_exits(model, images)
     policy = spread_policy(exit_logits, criterion)
     exit_index, logits = policy.decide(exit_logits)
@@ -342,11 +349,11 @@ def leave_early_elsewhere(model, images, policy):
     return output.logits.numpy(), output.exit_index.numpy()
 
 
-def test_in_a_spawned_process():
+def test_in_another_process():
     model, images = create(), unlike_images()
     policy = spread_policy(all_exits(model, images))
     expected = model.early_exit(images, policy)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with forkserver().Pool(1) as pool:
         logits, exit_index = pool.apply(leave_early_elsewhere, (model, images, policy))
     assert torch.equal(torch.from_numpy(exit_index), expected.exit_index)
     torch.testing.assert_close(torch.from_numpy(logits), expected.logits)

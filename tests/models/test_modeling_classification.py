@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_selfkd import MultiExitConfig, MultiExitForImageClassification, MultiExitOutput, exit_costs
+from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, exit_costs
 from hf_selfkd.functional import cross_entropy
+from tests.helpers.models import build_copy
 
 SWIN = {
     "img_size": 32,
@@ -20,6 +21,7 @@ SWIN = {
     "depths": (1, 1, 1, 1),
     "num_heads": (1, 2, 4, 8),
 }
+DEIT = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3}
 BACKBONES = {
     "test_resnet": {},
     "test_vit": {"img_size": 32, "patch_size": 8},
@@ -27,15 +29,13 @@ BACKBONES = {
     "test_efficientnet": {},
     "swin_tiny_patch4_window7_224": SWIN,  # relative position index, a buffer that is not saved; NHWC maps
     "vit_small_patch16_rope_ape_224": {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 96, "num_heads": 3},
-    "deit_tiny_distilled_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 4},  # two classifiers
+    "deit_tiny_distilled_patch16_224": DEIT,  # two classifiers
 }
 every_backbone = pytest.mark.parametrize(("name", "kwargs"), BACKBONES.items(), ids=BACKBONES)
 
 
 def create(name, kwargs, **config):
-    config = MultiExitConfig(backbone=name, backbone_kwargs=kwargs, num_labels=5, **config)
-    torch.manual_seed(0)
-    return MultiExitForImageClassification(config)
+    return build_copy(MultiExitForImageClassification, name, backbone_kwargs=kwargs, num_labels=5, **config)
 
 
 def assert_same_state(model, other):
@@ -210,9 +210,10 @@ def test_another_number_of_classes_draws_the_classifiers_anew(build, tmp_path):
         MultiExitForImageClassification.from_pretrained(tmp_path, num_labels=7)
     loaded = MultiExitForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
     assert loaded(torch.randn(2, 3, 32, 32)).logits.shape == (2, 7)
+    state = model.state_dict()
     for name, tensor in loaded.state_dict().items():
-        if tensor.shape == model.state_dict()[name].shape:
-            assert torch.equal(tensor, model.state_dict()[name]), name
+        if tensor.shape == state[name].shape:
+            assert torch.equal(tensor, state[name]), name
         elif name.endswith("weight"):
             assert 0.01 < tensor.std() < 1, name
 

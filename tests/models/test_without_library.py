@@ -46,8 +46,9 @@ def test_a_trained_checkpoint_works_where_only_torch_timm_and_transformers_are(
     assert results["ran_before_trust"] == []
     assert results["module"].startswith("transformers_modules.")
     model.scaffold = None
-    assert results["weights"].keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in results["weights"].items())
+    state = model.state_dict()
+    assert results["weights"].keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in results["weights"].items())
     with torch.no_grad():
         early, full = model(first), model(first, output_hidden_states=True)
     for logits, expected in zip(results["exit_logits"], full.exit_logits, strict=True):

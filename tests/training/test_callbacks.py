@@ -129,7 +129,7 @@ def test_resuming_keeps_the_moving_average(build, tmp_path, train):
 @pytest.mark.parametrize("ema_decay", [None, 0.7])
 def test_load_best_model_at_end(build, train, caplog, ema_decay):
     trainer = train(
-        build(),
+        build(small_input_stem=False),
         "frskd",
         num_train_epochs=3,
         learning_rate=0.5,

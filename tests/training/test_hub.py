@@ -21,6 +21,7 @@ from transformers import (
 import hf_selfkd
 from hf_selfkd import ExitPolicy, SelfDistillationTrainer
 from tests.helpers.layering import MODELS, shipped_modules
+from tests.helpers.runs import same_weights
 
 MODULES = {f"{name}.py" for name in shipped_modules()}
 NEEDED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
@@ -33,9 +34,9 @@ def tags(files):
 def assert_holds(files, model):
     """Check that files are those that loading a model needs: its weights bit by bit and this package's code."""
     assert files.keys() >= NEEDED
-    weights = load(files["model.safetensors"])
-    assert weights.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in weights.items())
+    weights, state = load(files["model.safetensors"]), model.state_dict()
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in weights.items())
     code = {name for name in files if name.endswith(".py")}
     assert code <= MODULES
     assert {"modeling_classification.py", "configuration.py"} & code
@@ -52,7 +53,7 @@ def test_a_pushed_model_holds_all_that_loading_needs(hub, build):
     hub.requests.clear()
     loaded = AutoModelForImageClassification.from_pretrained("ada/model")
     assert type(loaded) is hf_selfkd.MultiExitForImageClassification
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert same_weights(loaded, model)
     assert loaded.config.exit_policy == model.config.exit_policy
     fetched = {request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET /ada/model/resolve/")}
     assert fetched == {"config.json", "model.safetensors"}
@@ -94,7 +95,7 @@ def test_a_segmentation_model_from_a_repository(hub, build_segmenter):
     model.push_to_hub("maps")
     assert {"hf_selfkd", "timm", "image-segmentation"} <= set(tags(hub.repositories["ada/maps"].files()))
     loaded = AutoModelForSemanticSegmentation.from_pretrained("ada/maps")
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert same_weights(loaded, model)
     image = Image.effect_noise((50, 40), 100).convert("RGB")
     predictions = pipeline("image-segmentation", model="ada/maps")(image)
     assert {found["mask"].size for found in predictions} == {(50, 40)}
@@ -167,7 +168,7 @@ def test_a_broken_upload_leaves_a_saved_model_and_can_be_repeated(hub, build, tr
         trainer.push_to_hub()
     assert hub.repositories["ada/run"].files().keys() == {".gitattributes"}
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
-    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert same_weights(loaded, trainer.model)
     hub.breaks = "POST /api/models/ada/run/commit"
     with pytest.raises(Exception, match="Server disconnected"):  # of the HTTP client, as it is
         trainer.push_to_hub()

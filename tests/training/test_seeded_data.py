@@ -90,5 +90,5 @@ def test_workers_outlive_the_first_sigterm_where_it_is_handled(images, outlives)
         worker.join(10)
         assert worker.exitcode == 0
     else:
-        with pytest.raises(RuntimeError, match="DataLoader worker"):
+        with pytest.raises((RuntimeError, OSError)):  # torch's, or that of the connection on which a batch is awaited
             list(loader)
