@@ -52,7 +52,6 @@ class Recipe(TrainingArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 1
     logging_strategy: str = "epoch"
-    dataloader_pin_memory: bool = torch.accelerator.is_available()  # without one torch warns and does not pin
 
 
 def parse_json(name: str, text: str | None, kind: type) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .checkpoints import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
+from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
 from .configuration import MultiExitConfig
 from .dry_run import measure
 from .exit_policy import resolve_policy

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..models.checkpoints import shorten
+from ..models.checkpoint_files import shorten
 from .checkpoints import (
     AVERAGE_NAME,
     SCAFFOLD_NAME,

@@ -47,6 +47,8 @@ def own_arguments(args: TrainingArguments) -> TrainingArguments:
         args.ddp_find_unused_parameters = False  # every parameter gets a gradient in every step
     if args.ddp_broadcast_buffers is None:
         args.ddp_broadcast_buffers = False  # equal from the start; batch norm is averaged when it is needed
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False  # torch would warn that it cannot
     args.logging_nan_inf_filter = False  # would read the loss twice a batch; NonFiniteGuard reads it once a step
     args.enable_jit_checkpoint = False  # saves within a step, from where no run continues exactly; see SaveOnSigterm
     if args.hub_token is not None:
