@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py --dataset path/to/cifar10 --parallel 2
 
-Each run is `examples/train_cifar.py` as a user would start it. It leaves one JSON under `results/accuracy/`, and runs
-that are there are not repeated; table and plot are drawn from what is there. The network is a narrow ResNet (channels
-16, 32, 64 and 128, one block a stage, 3x3 stem), small enough that all runs together take hours on a few cores.
+Each run is `examples/train_cifar.py` as a user would start it. It writes one JSON file to `results/accuracy/`; runs
+that are there are not repeated, and table and plot are drawn from all of them. The network is a narrow ResNet
+(channels 16, 32, 64 and 128, one block per stage, 3x3 stem), small enough that all runs take hours on a few cores.
 """
 
 import argparse
@@ -31,7 +31,7 @@ NETWORK = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}
 # The teacher is deeper and as wide, so that its features can be mimicked without a projection.
 TEACHER = {"layers": [2, 2, 2, 2], "channels": [16, 32, 64, 128]}
 
-# A configuration's options beside the recipe; {teacher} is the folder of the teacher's checkpoint.
+# A configuration's options in addition to the recipe; {teacher} is the folder of the teacher's checkpoint.
 CONFIGURATIONS = {
     "none": ["--method", "none"],
     "label_smoothing": ["--method", "none", "--label_smoothing_factor", "0.1"],
@@ -101,7 +101,7 @@ def train(
 
 
 def summarise() -> None:
-    """Draw table and plot from the runs that are there."""
+    """Draw the table and the plot of all finished runs."""
     runs: dict[str, list[dict]] = {name: [] for name in CONFIGURATIONS}
     for path in sorted(RESULTS.glob("*-seed*.json")):
         run = json.loads(path.read_text())

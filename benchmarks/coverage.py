@@ -121,7 +121,7 @@ def _shrinks(model: MultiExitForImageClassification, images: Tensor) -> str | bo
     rows = torch.tensor([0, 2])
     full = run(model.backbone, model.anatomy, images, Visitor())
     if (full[0] - full[2]).abs().max() < 1e-4 * full.abs().max():
-        return "cannot be told: all images get the same logits"
+        return "undecided: all images have the same logits"
     for exit_stage in model.exit_stages:
         try:
             few = run(model.backbone, model.anatomy, images, _KeepRows(exit_stage, rows, len(images)))

@@ -1,4 +1,4 @@
-"""Turn what coverage.py measured into a page of Markdown."""
+"""Render the measurements of coverage.py as a page of Markdown."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,11 +9,11 @@ import transformers
 
 CHECKS = {
     "logits": "logits are bit-equal to plain timm's",
-    "maps": "maps are bit-equal to `forward_intermediates`",
-    "features": "features of the deepest exit are bit-equal to timm's pre-logits, or what its linear layer reads",
+    "maps": "feature maps are bit-equal to `forward_intermediates`",
+    "features": "features of the final exit are bit-equal to timm's pre-logits, or what its linear layer reads",
     "trains": "finite loss, a gradient to every parameter that plain timm gives one",
     "checkpointing": "hooks report every stage under gradient checkpointing too",
-    "sizes": "maps have timm's shapes for images of 32x32 and of 224x448 pixels, where timm takes them",
+    "sizes": "feature maps have timm's shapes for images of 32x32 and of 224x448 pixels, where timm takes them",
     "channels": "attaches for images of 1 and of 4 channels",
     "round_trip": "`save_pretrained` and `from_pretrained`: weights and all buffers bit-equal",
     "shrinks": "shrinking the batch at each exit gives the rows of the full run",
@@ -38,7 +38,7 @@ def summary(records: dict[str, list[dict[str, Any]]], max_parameters: float) -> 
         f"`forward_intermediates`: {_modules(record for record in attached if not record['hooks'])}",
         f"- stages end in their order: {sum(record['in_order'] for record in attached):,}; not in "
         f"{_modules(record for record in attached if not record['in_order'])}",
-        f"- random states left as they were: {sum(record['random_states_kept'] for record in attached):,}",
+        f"- random states unchanged: {sum(record['random_states_kept'] for record in attached):,}",
         f"- seconds per name: {sum(r['seconds'] for r in attached) / len(attached):.1f} on average, "
         f"{slowest['seconds']:.0f} at most ({slowest['name']})",
         "",
@@ -56,7 +56,7 @@ def summary(records: dict[str, list[dict[str, Any]]], max_parameters: float) -> 
         "",
         *(f"- **no** {check}, {name}: {reason}" for check, name, reason in _noes(real)),
         "",
-        "Parameters that plain timm leaves without a gradient in the same step:",
+        "Parameters without a gradient in plain timm in the same step:",
         "",
         *(
             f"- {record['name']}: {', '.join(record['without_gradient_in_timm'][:4])}"
@@ -76,15 +76,15 @@ def _modules(records: Iterable[dict[str, Any]]) -> str:
 
 
 def _row(check: str, text: str, real: list[dict[str, Any]]) -> str:
-    answers = [record.get(check, record.get("reason")) for record in real]
-    yes = sum(answer is True for answer in answers)
-    neither = sum(str(answer).startswith("not applicable") for answer in answers)
-    return f"| {text} | {yes} | {len(answers) - yes - neither} | {neither} |"
+    outcomes = [record.get(check, record.get("reason")) for record in real]
+    yes = sum(outcome is True for outcome in outcomes)
+    neither = sum(str(outcome).startswith("not applicable") for outcome in outcomes)
+    return f"| {text} | {yes} | {len(outcomes) - yes - neither} | {neither} |"
 
 
 def _noes(real: list[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:
     for check in CHECKS:
         for record in real:
-            answer = record.get(check, record.get("reason"))
-            if answer is not True and not str(answer).startswith("not applicable"):
-                yield check, record["name"], answer
+            outcome = record.get(check, record.get("reason"))
+            if outcome is not True and not str(outcome).startswith("not applicable"):
+                yield check, record["name"], outcome

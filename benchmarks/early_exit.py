@@ -89,7 +89,7 @@ def stage_outputs(model, images: Tensor) -> tuple[dict[int, Tensor], dict[int, T
         model.backbone(images)
         handle.remove()
     size = tuple(images.shape[-2:])
-    return seen, {stage: model._stage_map(stage, output, size) for stage, output in seen.items()}
+    return seen, {stage: model._feature_map(stage, output, size) for stage, output in seen.items()}
 
 
 def trunk(model, exit: int):
@@ -361,10 +361,10 @@ def calibration(sources: dict) -> list[dict]:
 
 
 def guarantee(sources: dict, splits: int) -> list[dict]:
-    """Share of random calibration and test splits in which the risk on the test images exceeds ``max_risk``."""
+    """Share of random calibration and test splits in which the risk on the test images exceeds `max_risk`."""
     rows = []
     for source, (logits, labels, costs) in sources.items():
-        for against, max_risk in (("labels", 0.02), ("deepest exit", 0.05)):
+        for against, max_risk in (("labels", 0.02), ("final exit", 0.05)):
             exceeded, early, saved = 0, 0, []
             for split in range(splits):
                 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(split))
@@ -380,14 +380,14 @@ def guarantee(sources: dict, splits: int) -> list[dict]:
                 early += cost < 1
                 saved.append(1 - cost)
             row = {"logits": source, "risk against": against, "max_risk": max_risk, "delta": 0.05, "splits": splits}
-            row |= {"exceeded": exceeded / splits, "leaves early": early / splits, "compute saved": median(saved)}
+            row |= {"exceeded": exceeded / splits, "exits early": early / splits, "compute saved": median(saved)}
             rows.append(row)
             print(row, flush=True)
     return rows
 
 
 def write(path: Path, results: dict) -> None:
-    """Write the results, and a Markdown table of them beside."""
+    """Write the results as JSON, and a Markdown table of them next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     titles = {

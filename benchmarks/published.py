@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def answer(model: nn.Module, images: Tensor) -> SimpleNamespace:
-    """Run a multi-exit ResNet and what trains beside it; lists go from shallow to deep."""
+def predict(model: nn.Module, images: Tensor) -> SimpleNamespace:
+    """Run a multi-exit ResNet and return its outputs with its scaffold; lists are ordered first to last."""
     net = model.backbone
     stem = net.maxpool(net.act1(net.bn1(net.conv1(images))))
     maps = [net.layer1(stem)]
@@ -22,15 +22,15 @@ def answer(model: nn.Module, images: Tensor) -> SimpleNamespace:
         maps.append(layer(maps[-1]))
     features = [net.global_pool(maps[-1])]
     logits = [net.fc(features[-1])]
-    for exit, stage_map in zip(reversed(model.exits), reversed(maps[: len(model.exits)]), strict=True):
-        exit_logits, exit_features = exit(stage_map.detach() if model.detach_exits else stage_map)
+    for exit, feature_map in zip(reversed(model.exits), reversed(maps[: len(model.exits)]), strict=True):
+        exit_logits, exit_features = exit(feature_map.detach() if model.detach_exits else feature_map)
         logits.insert(0, exit_logits)
         features.insert(0, exit_features)
     return SimpleNamespace(images=images, maps=maps, features=features, logits=logits, scaffold=model.scaffold)
 
 
 def detached_exits(out, labels: Tensor) -> Tensor:
-    """Cross-entropy of the exits that only listen, for methods that know no exits."""
+    """Cross-entropy of the detached exits, for methods whose papers have no exits."""
     return sum(F.cross_entropy(logits, labels) for logits in out.logits[:-1])
 
 
@@ -41,7 +41,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def none(out, labels, epoch):
-    """The deepest exit learns from the labels alone."""
+    """The final exit learns from the labels alone."""
     return F.cross_entropy(out.logits[-1], labels) + detached_exits(out, labels)
 
 
@@ -85,24 +85,24 @@ def frskd(out, labels, epoch):
 
 
 def lsh(out, labels, epoch):
-    """LSH between exits: the authors' loss, on the images that the deepest exit has right."""
+    """LSH between exits: the authors' loss, on the images that the final exit classifies correctly."""
     weight, bias = out.scaffold.weight, out.scaffold.bias
     teacher = out.features[-1].detach()
-    right = (out.logits[-1].argmax(1) == labels).float()
+    correct = (out.logits[-1].argmax(1) == labels).float()
     bits = (teacher @ weight.T + bias > 0).float()
     total = sum(F.cross_entropy(logits, labels) for logits in out.logits)
     for features in out.features[:-1]:
         squares = (features - teacher).pow(2).mean(1)
         hashes = F.binary_cross_entropy_with_logits(features @ weight.T + bias, bits, reduction="none").mean(1)
-        total = total + 6 * ((squares + hashes) * right).sum() / right.sum().clamp(min=1)
+        total = total + 6 * ((squares + hashes) * correct).sum() / correct.sum().clamp(min=1)
     return total
 
 
 def okd_mde(out, labels, epoch):
     """OKD-MDE as `methods/okd_mde.py` reads it: branches, fused target, divergence, overlap of the classifiers."""
     branches, fusion = out.scaffold.branches, out.scaffold.fusion
-    answers = [(out.logits[-1], out.features[-1])] + [branch(out.maps[-2]) for branch in branches]
-    logits, features = zip(*answers, strict=True)
+    students = [(out.logits[-1], out.features[-1])] + [branch(out.maps[-2]) for branch in branches]
+    logits, features = zip(*students, strict=True)
     hidden = F.relu(fusion.norm(fusion.squeeze(torch.cat(features, 1))))
     gates = F.softmax(fusion.gate(hidden), dim=1)
     target = sum(gate.unsqueeze(1) * student for gate, student in zip(gates.unbind(1), logits, strict=True))
@@ -125,7 +125,7 @@ def train(model: nn.Module, method: str, batches, optimizer: torch.optim.Optimiz
     losses = []
     for batch, epoch in zip(batches, epochs, strict=False):
         with torch.autocast(batch["pixel_values"].device.type, torch.bfloat16, enabled=bf16):
-            loss = LOSSES[method](answer(model, batch["pixel_values"]), batch["labels"], epoch)
+            loss = LOSSES[method](predict(model, batch["pixel_values"]), batch["labels"], epoch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Run the example in processes of its own, and compare what runs left. Used by robustness.py."""
+"""Run the example in processes of its own, and compare their results. Used by robustness.py."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ class Run:
         folder: Its ``--output_dir``.
         processes: 1 or 2.
         before: Called in the process before it starts.
-        options: In the place of or beside ``OPTIONS``.
+        options: Override or extend ``OPTIONS``.
     """
 
     def __init__(self, folder: Path, processes: int = 1, before: Callable | None = None, **options):
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def printed(self) -> str:
-        """What it and the runs before it in this folder printed."""
+        """The output of this run and of the earlier ones in its folder."""
         self.log.flush()
         return Path(self.log.name).read_text()
 
@@ -100,7 +100,7 @@ def finish(folder: Path, **options) -> Run:
 
 
 def outcome(folder: Path) -> dict:
-    """What a run left: tensors of every kind, and the log without times."""
+    """Return the tensors that a run saved, and its log without times."""
     checkpoint = folder / f"checkpoint-{NUM_STEPS}"
     tensors = {"shipped": load_file(folder / "model.safetensors")}
     for name in ("model", "ema", "scaffold"):
@@ -114,7 +114,7 @@ def outcome(folder: Path) -> dict:
 
 
 def differences(folder: Path, reference: dict) -> list[str]:
-    """Name what is not bit-identical to the reference."""
+    """List the results that are not bit-identical to the reference."""
     found = outcome(folder)
     differing = []
     for kind, tensors in reference["tensors"].items():
@@ -127,12 +127,12 @@ def differences(folder: Path, reference: dict) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Name what a run left in its folder that is neither a whole checkpoint nor a result."""
+    """List the files in a run's folder that are neither a complete checkpoint nor a result."""
     return [] if not (folder / "_incomplete").exists() else ["_incomplete"]
 
 
 def launcher(processes: int) -> list[str]:
-    """Return what starts a script in so many processes."""
+    """Return the command that starts a script in several processes."""
     if processes == 1:
         return []
     with socket.socket() as free:
@@ -142,7 +142,7 @@ def launcher(processes: int) -> list[str]:
 
 
 def count(processes: int) -> str:
-    """Say how many processes."""
+    """Format a number of processes."""
     return "1 process" if processes == 1 else f"{processes} processes"
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/segmentation.py --dataset path/to/camvid --work_dir runs/segmentation
 
-CamVid at half size (240x180, 367 images to train on, 233 to test on, 11 classes, void is 11) must be in the folder, as
-parquet files with the columns `image` and `label`. A small ResNet is trained from scratch with
+CamVid at half size (240x180, 367 images to train on, 233 to test on, 11 classes, ignored pixels are 11) must be in the
+folder, as parquet files with the columns `image` and `label`. A small ResNet is trained from scratch with
 `examples/train_segmentation.py`; the recipe is below. Every run writes one JSON file to
-`benchmarks/results/segmentation` and is not run again while that is there; at the end come a table, and a picture of
-label and answers. Photographs are left out of it, because the data may not be handed on; each run's `pictures/` show
+`benchmarks/results/segmentation` and is not repeated while that is there; then a table is written, and a picture of
+labels and predictions, without the photographs, because the data may not be redistributed. Each run's `pictures/` has
 them.
 """
 
@@ -34,8 +34,8 @@ RECIPE = {
     "backbone_kwargs": json.dumps({"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}),
     "pyramid_width": 32,
     "image_size": "180 240",
-    # Nearly the whole image: with crops of 96x128 the two coarsest levels see a few pixels only and mislead the head
-    # on whole images, which the auxiliary exits then beat.
+    # Nearly the full image: with crops of 96x128 the two coarsest levels see a few pixels only and mislead the head on
+    # full images, which the auxiliary exits then beat.
     "crop_size": "160 224",
     "scale_range": "0.75 1.5",
     "num_train_epochs": EPOCHS,
@@ -76,7 +76,7 @@ def run(method: str, seed: int, dataset: Path, work_dir: Path) -> None:
 
 
 def table() -> str:
-    """Return mean and, from two seeds on, standard error of every method, in per cent."""
+    """Return mean and, from two seeds on, standard error of every method, in percent."""
     rows = ["| method | seeds | mean IoU | pixel accuracy | mean IoU of the ensemble |", "|" + " --- |" * 5]
     for method in METHODS:
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{method}-seed*.json"))]
@@ -95,7 +95,7 @@ def with_error(values: list[float]) -> str:
 
 
 def picture(work_dir: Path, seed: int) -> None:
-    """Put label and answers of the methods side by side, one image a row."""
+    """Put labels and predictions of the methods side by side, one image per row."""
     rows = []
     folders = [work_dir / f"{method}-seed{seed}" / "pictures" for method in METHODS]
     if not all(folder.is_dir() for folder in folders):

@@ -1,4 +1,4 @@
-"""Times of several candidates in one process, in turn, so that what disturbs the machine disturbs all of them."""
+"""Times of several candidates in one process, in turn, so that other load on the machine affects all equally."""
 
 import time
 from statistics import median

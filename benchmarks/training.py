@@ -1,4 +1,4 @@
-"""What training costs beside its arithmetic: each case is a ratio to the least that it could cost.
+"""Overhead of training beyond its arithmetic: each case is a ratio to the lowest possible cost.
 
     python benchmarks/training.py --rounds 9
     python benchmarks/training.py --parts pipeline --dataset path/to/cifar10
@@ -72,7 +72,7 @@ def total(method, output: MultiExitOutput, labels: Tensor) -> Tensor:
     return add(method.terms(output, labels, 0.0).values())
 
 
-def answer_and_add(method, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def forward_and_add(method, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return total(method, model(images), labels)
 
 
@@ -94,15 +94,15 @@ def candidates_of_step(workload: str, name: str) -> dict:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().requires_grad_()
 
-    maps = [leaf(stage_map) for stage_map in given.stage_outputs]
+    maps = [leaf(feature_map) for feature_map in given.stage_outputs]
     logits, features = leaf(given.logits), leaf(given.exit_features[-1])
 
     def alone() -> Tensor:
-        answers = [
+        outputs = [
             head(maps[stage].detach() if model.detach_exits else maps[stage])
             for head, stage in zip(model.exits, model.exit_stages, strict=True)
         ]
-        exit_logits, exit_features = zip(*answers, (logits, features), strict=True)
+        exit_logits, exit_features = zip(*outputs, (logits, features), strict=True)
         output = MultiExitOutput(
             logits=logits,
             exit_logits=exit_logits,
@@ -125,7 +125,7 @@ def candidates_of_step(workload: str, name: str) -> dict:
         forget()
 
     return {
-        "method": partial(step, model, partial(answer_and_add, method, model, images, labels), bf16),
+        "method": partial(step, model, partial(forward_and_add, method, model, images, labels), bf16),
         "plain": partial(step, plain, lambda: F.cross_entropy(plain(images), labels), bf16),
         "alone": run_alone,
     }
@@ -164,7 +164,7 @@ def formats(rounds: int, dataset: str | None) -> list[dict]:
             images, labels = data(workload)
             model, images = (thing.to(memory_format=getattr(torch, layout)) for thing in (model, images))
             for dtype in ("float32", "bfloat16"):
-                loss = partial(answer_and_add, method, model, images, labels)
+                loss = partial(forward_and_add, method, model, images, labels)
                 candidates[f"{layout}, {dtype}"] = partial(step, model, loss, dtype == "bfloat16")
         times = time_in_turn(candidates, rounds)
         plain, *others = candidates
@@ -175,7 +175,7 @@ def formats(rounds: int, dataset: str | None) -> list[dict]:
 
 
 def memory(rounds: int, dataset: str | None) -> list[dict]:
-    """Peak of what a step allocates, over plain timm's peak plus what the method adds to save and to learn.
+    """Peak allocation of a step, over plain timm's peak plus the tensors that the method needs.
 
     That is: the distinct tensors that its graph keeps for the backward pass beyond plain timm's, and the gradients of
     its own parameters.
@@ -303,7 +303,7 @@ def loops(rounds: int, dataset: str | None) -> list[dict]:
 def candidates_of_loop(workload: str, name: str, config: dict, num_steps: int = 10) -> dict:
     _, side, batch_size, bf16 = WORKLOADS[workload]
     model, _ = create(workload, name, **config)
-    model.scaffold = None  # the trainer gives it its own
+    model.scaffold = None  # the trainer builds its own
     samples = [
         {"pixel_values": torch.randn(3, side, side), "labels": index % CLASSES}
         for index in range(num_steps * batch_size)
@@ -424,7 +424,7 @@ def candidates_of_pipeline(arguments, timms: Dataset) -> tuple[dict, int]:
 
 
 def communication(rounds: int, dataset: str | None) -> list[dict]:
-    """Bytes that two processes reduce in a step: of gradients, over those of all parameters that train, and beside."""
+    """Bytes that two processes reduce in a step: of gradients, over those of all trained parameters; and of counts."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(count_traffic, (folder,), nprocs=2)
         rows = json.loads((Path(folder) / "rows.json").read_text())
@@ -443,19 +443,19 @@ def count_traffic(rank: int, folder: str) -> None:
         model, method = create(workload, name)
         images, labels = data(workload)
         parallel = nn.parallel.DistributedDataParallel(model)
-        reduced, beside = [], []
+        reduced, counts = [], []
 
         def hook(state, bucket, reduced=reduced):
             reduced.append(bucket.buffer().nbytes)
             return all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
-        def counted(tensor, *args, beside=beside, **kwargs):
-            beside.append(tensor.nbytes)
+        def counted(tensor, *args, counts=counts, **kwargs):
+            counts.append(tensor.nbytes)
             return all_reduce(tensor, *args, **kwargs)
 
         parallel.register_comm_hook(None, hook)
-        for _ in range(2):  # buckets are made anew after the first step
-            reduced.clear(), beside.clear()
+        for _ in range(2):  # buckets are rebuilt after the first step
+            reduced.clear(), counts.clear()
             with mock.patch.object(dist, "all_reduce", counted), counted_over_processes():
                 loss = total(method, parallel(images[:16]), labels[:16])
             loss.backward()
@@ -466,7 +466,7 @@ def count_traffic(rank: int, folder: str) -> None:
                 "reduced (MB)": sum(reduced) / 1e6,
                 "gradients (MB)": gradients / 1e6,
                 "ratio": sum(reduced) / gradients,
-                "counts of labels (bytes)": sum(beside),
+                "counts of labels (bytes)": sum(counts),
             }
         )
     if rank == 0:
@@ -508,7 +508,7 @@ PARTS = {
 
 
 def summarise(results: dict) -> list[dict]:
-    """Return what the README shows: per method, and for each workload, three ratios that should be 1 and its price."""
+    """Return the summary in the README: per method and workload, three ratios that should be 1, and the price."""
     columns = {
         "step over its parts": ("steps", "over its parts (cpu)"),
         "trainer over bare loop": ("loops", "trainer over loop (cpu)"),
@@ -527,7 +527,7 @@ def summarise(results: dict) -> list[dict]:
 
 
 def write(path: Path, results: dict) -> None:
-    """Write the results, and a Markdown table of them beside."""
+    """Write the results as JSON, and a Markdown table of them next to it."""
     path.write_text(json.dumps(results, indent=1) + "\n")
     sections = ["Written by `benchmarks/training.py`."]
     if {"steps", "loops", "memory"} <= results.keys():

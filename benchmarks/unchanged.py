@@ -1,4 +1,4 @@
-"""Write down, bit for bit, what the library computes, and compare it after a change that should change nothing.
+"""Record the results of the library bit by bit, and compare them after a change that should not affect them.
 
     python benchmarks/unchanged.py record runs/before     # before the change
     python benchmarks/unchanged.py compare runs/before    # after it
@@ -37,7 +37,7 @@ CLASSIFICATION = (
     *("lsh_teacher", "byot_vit", "okd_mde_vit", "frskd_vit"),
 )
 STEPS, MIDDLE = 10, 6
-# What each run says of the machine or the moment, not of the computation.
+# Log entries that depend on the machine or the time, not on the computation.
 CLOCK = ("runtime", "per_second", "flos")
 
 
@@ -141,7 +141,7 @@ def run(task: str, method: str, folder: Path) -> dict:
 
 
 def resume(task: str, method: str, folder: Path, copy: Path) -> dict:
-    """Resume a recorded checkpoint in another folder, and tell the weights it ends with."""
+    """Resume a recorded checkpoint in another folder, and return the digests of its final weights."""
     shutil.copytree(folder / f"checkpoint-{MIDDLE}", copy / f"checkpoint-{MIDDLE}")
     trainer = trainer_of(task, method, copy)
     trainer.train(resume_from_checkpoint=str(copy / f"checkpoint-{MIDDLE}"))
@@ -161,12 +161,12 @@ def exits_of(folder: Path) -> dict:
     with torch.no_grad():
         exit_logits = torch.stack(model(pixels).exit_logits)
     found["exit_logits"] = digest(exit_logits)
-    demands = [{"target_cost": 0.8}, {"max_accuracy_drop": 0.1}, {"max_risk": 0.3, "delta": 0.2}]
+    constraints = [{"target_cost": 0.8}, {"max_accuracy_drop": 0.1}, {"max_risk": 0.3, "delta": 0.2}]
     for criterion in ("confidence", "entropy", "margin", "patience"):
-        for demand in demands:
+        for constraint in constraints:
             for judge in (labels, None):
-                name = f"{criterion} {demand} {'labels' if judge is not None else 'final exit'}"
-                policy = calibrate(exit_logits, judge, costs, criterion=criterion, **demand)
+                name = f"{criterion} {constraint} {'labels' if judge is not None else 'final exit'}"
+                policy = calibrate(exit_logits, judge, costs, criterion=criterion, **constraint)
                 found[f"calibrate {name}"] = [repr(policy.thresholds), repr(policy.temperatures)]
                 output = model.early_exit(pixels, policy)
                 found[f"early_exit {name}"] = [digest(value) for value in output.values()]

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from hf_selfkd import SelfDistillationTrainer
 from hf_selfkd.training import ProgressTable, find_last_checkpoint
 
-# Facts of the model card that cost time to find, beside those of the data.
+# Facts of the model card that take time to collect, in addition to those of the data.
 CARD_EXTRAS: dict[str, Any] = {"latency": True, "commit": True}
 # Options that every example gives to the trainer.
 TRAINER_OPTIONS: dict[str, Any] = {"save_on_sigterm": True}
@@ -52,7 +52,6 @@ class Recipe(TrainingArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 1
     logging_strategy: str = "epoch"
-    dataloader_pin_memory: bool = torch.accelerator.is_available()  # without one torch warns and does not pin
 
 
 def parse_json(name: str, text: str | None, kind: type) -> Any:
@@ -82,7 +81,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
         found = find_last_checkpoint(args.output_dir) if folder.is_dir() else None
         if found is None and (folder / "model.safetensors").exists():
             raise ValueError(
-                f"{folder} holds a trained model but no checkpoint to resume from. Give another --output_dir."
+                f"{folder} holds a trained model but no checkpoint to resume from. Choose another --output_dir."
             )
         return found
     if resume is not None:
@@ -91,7 +90,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
         return resume
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
-            f"{folder} already holds a run. Resume it with --resume_from_checkpoint last, or give another "
+            f"{folder} already holds a run. Resume it with --resume_from_checkpoint last, or choose another "
             "--output_dir."
         )
     return None
@@ -113,7 +112,7 @@ def build_model(model_class: type, options: NetworkArguments, class_names: list[
 
 
 class LastEvaluation(TrainerCallback):
-    """Keeps the metrics of the last evaluation in this process and the step it was made at."""
+    """Keeps the metrics of the last evaluation in this process and its step."""
 
     step, metrics = -1, None
 
@@ -132,7 +131,7 @@ def train_and_save(trainer: SelfDistillationTrainer, checkpoint: str | None, met
     """
     args, last = trainer.args, LastEvaluation()
     transformers.logging.disable_progress_bar()  # a bar for the one file that each save writes
-    huggingface_hub.utils.enable_progress_bars()  # which that disabled too: uploads keep theirs
+    huggingface_hub.utils.enable_progress_bars()  # disabled by the line above too: uploads keep theirs
     trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
     trainer.add_callback(ProgressTable(metric))
     trainer.add_callback(last)

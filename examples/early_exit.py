@@ -30,6 +30,7 @@ from hf_selfkd.evaluation import (
     to_table,
 )
 from hf_selfkd.model_card import update_model_card
+from hf_selfkd.models.exit_policy import CRITERIA
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="Folder of a multi-exit checkpoint.")
     parser.add_argument("--dataset", default="cifar100", help="As for train_cifar.py.")
     parser.add_argument("--max_eval_samples", type=int, help="Use the first N images only.")
-    parser.add_argument("--criterion", default="confidence", help="confidence, entropy, margin or patience.")
+    parser.add_argument("--criterion", default="confidence", choices=list(CRITERIA), help="Score that images exit by.")
     parser.add_argument("--delta", type=float, default=0.05, help="Probability that the guarantee fails.")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--target_cost", type=float, help="Share of the full cost: best accuracy within it.")

@@ -59,7 +59,7 @@ def build_model(options: ModelArguments, data: DataArguments, class_names: list[
     model = build(MultiExitForImageClassification, options, class_names, **config)
     channels = model.config.pretrained_cfg["input_size"][0]
     if channels != 3:
-        raise ValueError(f"Images are read as RGB, but the backbone takes {channels} channels. Leave out in_chans.")
+        raise ValueError(f"Images are read as RGB, but the backbone takes {channels} channels. Remove in_chans.")
     model.config.pretrained_cfg |= {"input_size": [3, data.image_size, data.image_size], "crop_pct": data.crop_pct}
     if not options.pretrained:
         model.config.pretrained_cfg |= {"mean": data.mean, "std": data.std}

@@ -6,7 +6,7 @@ r"""Train a multi-exit image classifier on ImageNet-1k by self-distillation.
 
 A local `--dataset` is a folder with `train` and `val`, each with one folder of JPEGs per class. `--streaming true`
 stores nothing: processes and workers share the shards, in a new order every epoch, and an interrupted run resumes
-mid-epoch. The length of a streamed folder is unknown: give `--num_train_images` or `--max_steps`.
+mid-epoch. The length of a streamed folder is unknown: set `--num_train_images` or `--max_steps`.
 
 The defaults are LSH's recipe for ImageNet, which is the usual one for ResNets: 100 epochs, SGD 0.9, weight decay 1e-4,
 learning rate 0.1 divided by 10 after 30, 60 and 90, a global batch of 256 (divide `--per_device_train_batch_size` by

@@ -2,11 +2,11 @@
 
     accelerate launch examples/train_segmentation.py --dataset path/to/folder --output_dir runs/frskd
 
-The data set is a folder that `datasets.load_dataset` reads (such as parquet files) or a repository on the Hub, with a
+The dataset is a folder that `datasets.load_dataset` reads (such as parquet files) or a repository on the Hub, with a
 column of images and one of label maps (8-bit or palette images of class indices). The defaults are FRSKD's recipe: 60
 epochs, SGD 0.9, weight decay 5e-4, learning rate 0.01 divided by 10 after 40, batches of 32, but without its clipping
 of gradients by value. Every option of transformers' `TrainingArguments` works too. After training, `pictures/` in the
-output folder shows images of the evaluation split beside their labels and the predictions.
+output folder shows images of the evaluation split next to their labels and predictions.
 """
 
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class SegmentationModel(NetworkArguments):
 
 @dataclass
 class SegmentationData(SplitArguments):
-    """Data set and augmentation."""
+    """Dataset and augmentation."""
 
     image_column: str = field(default="image", metadata={"help": "Column of images."})
     label_column: str = field(default="label", metadata={"help": "Column of label maps."})
@@ -81,7 +81,7 @@ class LabelledMaps(torch.utils.data.Dataset):
     """Images and their label maps, transformed together.
 
     Args:
-        rows: A data set with the columns ``image`` and ``label``.
+        rows: A dataset with the columns ``image`` and ``label``.
         transform: From an image and a mask of torchvision's to both, the image normalised.
     """
 

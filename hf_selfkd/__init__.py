@@ -1,4 +1,13 @@
-"""Multi-exit timm networks that teach themselves and stop early."""
+"""Turn any timm backbone into a multi-exit network, train it with self-distillation, and exit early at inference.
+
+Build a model with ``MultiExitForImageClassification.from_backbone`` or
+``MultiExitForSemanticSegmentation.from_backbone``, train it with ``SelfDistillationTrainer`` and one of the methods
+that ``list_methods`` names, find an exit policy with ``calibrate``, and exit early with ``model.early_exit`` or
+``EarlyExitPipeline``. ``export_exit`` writes a single exit as a static model.
+
+Importing the package registers the models with transformers: ``AutoModelForImageClassification`` and ``pipeline`` then
+load checkpoints without ``trust_remote_code``.
+"""
 
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
@@ -36,7 +45,7 @@ __all__ = [
 AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig)
 AutoModelForImageClassification.register(MultiExitConfig, MultiExitForImageClassification)
 AutoModelForSemanticSegmentation.register(MultiExitConfig, MultiExitForSemanticSegmentation)
-# Where pipeline("image-segmentation") looks for the models it supports, registered ones left out.
+# pipeline("image-segmentation") checks only this table, which does not include registered models.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[MultiExitConfig.model_type] = MultiExitForSemanticSegmentation.__name__
 
 # Checkpoints carry the modules that build them, for those who load with trust_remote_code and without this library.

@@ -26,7 +26,7 @@ class Task:
         name: ``task`` of its models, and the pipeline tag on the Hub.
         auto_class: The class of transformers that loads its models.
         check_label: ``(label, sample, config, name)`` raises ValueError, whose text begins with ``name``, unless the
-            label of a sample, a dictionary with ``pixel_values``, is one for a model with this configuration.
+            label of a sample, a dictionary with ``pixel_values``, suits a model with this configuration.
         prepare_labels: ``(labels, config) -> labels``: a batch of labels, with -100 wherever there is none.
         reduce_logits: ``(exit_logits, labels)`` reduces the logits of all exits and the prepared labels of a batch to
             small tensors, images first, which are all that evaluation keeps.
@@ -36,8 +36,8 @@ class Task:
         metric_titles: Title of each metric in the results table, in percent; the first is the headline metric.
         takes_soft_labels: Whether labels may be probabilities, as label smoothing and mixup make them.
         exits_early: Whether its models can exit early, so that every exit has a cost of its own.
-        kind: What a model is, to begin a sentence.
-        final_exit: What the final exit is, to end one.
+        kind: A noun phrase for its models, to begin a sentence.
+        final_exit: A noun phrase for the final exit, to end a sentence.
         example: Python code that uses a model from the Hub, with ``{repository}`` for its name.
     """
 

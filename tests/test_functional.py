@@ -57,8 +57,8 @@ def test_cross_entropy_refuses_labels_of_another_shape():
 def test_soften_kl_of_the_vectors(exits_of_vectors, vector, name, scale):
     output, _ = exits_of_vectors
     _, expected = vector(name)
-    *shallow, deepest = output.exit_logits
-    divergences = torch.stack([scale * soften_kl(logits, deepest, 3.0) for logits in shallow])
+    *early, final = output.exit_logits
+    divergences = torch.stack([scale * soften_kl(logits, final, 3.0) for logits in early])
     torch.testing.assert_close(divergences, expected, atol=1e-5, rtol=0)
 
 
@@ -88,13 +88,13 @@ def test_soften_kl_is_zero_at_agreement_and_detaches_the_teacher():
 def test_divergence_and_soft_cross_entropy_have_the_same_gradient(exits_of_vectors, vector):
     output, _ = exits_of_vectors
     _, expected = vector("byot.soft_xent_to_deepest")
-    *shallow, deepest = output.exit_logits
-    for logits, value in zip(shallow, expected, strict=True):
+    *early, final = output.exit_logits
+    for logits, value in zip(early, expected, strict=True):
         logits = logits.clone().requires_grad_()
-        soft = cross_entropy(logits / 3, (deepest / 3).softmax(dim=1))
+        soft = cross_entropy(logits / 3, (final / 3).softmax(dim=1))
         assert soft.item() == pytest.approx(value.item(), abs=1e-5)
         (soft_gradient,) = torch.autograd.grad(9 * soft, logits)
-        (gradient,) = torch.autograd.grad(soften_kl(logits, deepest, 3.0), logits)
+        (gradient,) = torch.autograd.grad(soften_kl(logits, final, 3.0), logits)
         torch.testing.assert_close(gradient, soft_gradient, atol=1e-6, rtol=1e-5)
 
 

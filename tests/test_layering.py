@@ -5,9 +5,9 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from tests.helpers.layering import MODELS, PACKAGE, imports, shipped_modules
 
-# All that a loader of trust_remote_code can be asked for: the last two come with transformers.
+# All that loading with trust_remote_code may require: the last two come with transformers.
 SHIPPED = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
-# What a folder or module may import of this package, beside itself. Nobody imports training but the package.
+# The parts of this package that a folder or module may import, besides itself. Only the package imports training.
 ALLOWED = {
     "models": (),
     "functional": ("models.loss",),
@@ -35,7 +35,7 @@ def test_imports_run_one_way(path):
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.py")), ids=lambda path: path.stem)
-def test_what_a_checkpoint_carries_is_found_by_transformers(path):
+def test_transformers_finds_the_modules_that_a_checkpoint_carries(path):
     """It reads imports by a regular expression, also in docstrings, and ships no other form than these."""
     own, packages = imports(path)
     assert packages <= SHIPPED

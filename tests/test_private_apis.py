@@ -1,4 +1,4 @@
-"""The private names of other packages that this one depends on, each with the reason; gone ones fail with it."""
+"""The private names of other packages that this one depends on, each with the reason, which a failure reports."""
 
 import inspect
 

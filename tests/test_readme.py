@@ -1,4 +1,4 @@
-"""README and docs: their Python runs and prints what its comments say, their figures are those measured."""
+"""README and docs: their Python runs and prints the output in its comments, and their figures are those measured."""
 
 import ast
 import contextlib
@@ -79,7 +79,7 @@ def check(shown: list[tuple[str, str]]) -> None:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """Run the README in a folder of its own, beside a stand-in for the Hub; return its variables and its output."""
+    """Run the README in a folder of its own, with a stand-in for the Hub; return its variables and its output."""
     folder = tmp_path_factory.mktemp("reader")
     digit = torch.tensor(load_digits().images[-1])
     Image.fromarray((digit * 255 / 16).round().byte().numpy()).save(folder / "digit.png")
@@ -156,7 +156,7 @@ def test_the_tables_of_the_benchmarks_are_what_was_measured(table):
     assert set(lines) <= set(BENCHMARKS.read_text().splitlines())
 
 
-def test_the_figures_beside_the_tables_are_what_was_measured():
+def test_the_figures_in_the_text_are_what_was_measured():
     measured = json.loads((RESULTS / "training.json").read_text())
     formats = [f"{row['channels_last, bfloat16 (cpu)']:.2f}" for row in measured["formats"]["rows"]]
     loaders = [

@@ -1,4 +1,4 @@
-"""Image data sets for the examples: options, loading, decoding, transforms."""
+"""Image datasets for the examples: options, loading, decoding, transforms."""
 
 from .arguments import DataArguments, SplitArguments, describe_data
 from .bad_images import leave_out_bad_images

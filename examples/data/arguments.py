@@ -14,7 +14,7 @@ HUB_DATASETS = {
 
 @dataclass
 class SplitArguments:
-    """Options of the data set that classification and segmentation share."""
+    """Options of the dataset that classification and segmentation share."""
 
     dataset: str = field(metadata={"help": "A folder that load_dataset reads, or a repository on the Hub."})
     image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
@@ -24,14 +24,14 @@ class SplitArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N images only."})
     skip_bad_images: int = field(
         default=0,
-        metadata={"help": "Leave out up to N unreadable training images; reads every image once before training."},
+        metadata={"help": "Skip up to N unreadable training images; reads every image once before training."},
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
 
 
 @dataclass
 class DataArguments(SplitArguments):
-    """Data set and augmentation of image classification."""
+    """Dataset and augmentation of image classification."""
 
     dataset: str = field(
         default="cifar100",
@@ -41,7 +41,7 @@ class DataArguments(SplitArguments):
     )
     streaming: bool = field(default=False, metadata={"help": "Read the data while training, without storing it."})
     num_train_images: int | None = field(
-        default=None, metadata={"help": "Images of a stream whose length is unknown; lets training count epochs."}
+        default=None, metadata={"help": "Images of a stream whose length is unknown; needed to count epochs."}
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Images that each worker shuffles in streaming."})
     image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})

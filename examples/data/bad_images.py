@@ -1,4 +1,4 @@
-"""Leave out training images that cannot be read."""
+"""Skip training images that cannot be read."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ from datasets import Dataset
 
 
 def leave_out_bad_images(rows: Dataset, read: Callable[[Any], Any], limit: int, num_workers: int = 0) -> Dataset:
-    """Leave out the unreadable rows of a training split, and list them.
+    """Remove the unreadable rows of a training split, and list them.
 
     Every image is read once before training, so that the count holds for all workers, processes and epochs together,
     and the order of the others does not depend on where a bad one lies. ``datasets`` caches the result.
@@ -17,7 +17,7 @@ def leave_out_bad_images(rows: Dataset, read: Callable[[Any], Any], limit: int, 
     Args:
         rows: The split.
         read: Reads a row, or raises.
-        limit: Maximum number of rows to leave out.
+        limit: Maximum number of rows to remove.
         num_workers: Processes to read with.
 
     Raises:

@@ -16,7 +16,7 @@ class LabelledImages(torch.utils.data.Dataset):
     """Decodes images as RGB, applies ``transform``, and names the file of an unreadable one.
 
     Args:
-        rows: A data set with the columns ``image`` (encoded) and ``label``.
+        rows: A dataset with the columns ``image`` (encoded) and ``label``.
         transform: From a PIL image to a tensor ``(3, height, width)``.
     """
 

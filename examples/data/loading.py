@@ -1,4 +1,4 @@
-"""Find a data set by name or folder, its splits, its columns and its class names."""
+"""Find a dataset by name or folder, its splits, its columns and its class names."""
 
 from pathlib import Path
 
@@ -70,7 +70,9 @@ def choose_splits(splits: DatasetDict, arguments: SplitArguments, evaluation_spl
 def _refuse_for_streams(arguments: DataArguments) -> None:
     for name in ("max_train_samples", "max_eval_samples", "skip_bad_images"):
         if getattr(arguments, name):
-            raise ValueError(f"--{name} does not apply to streams, which are not read before training. Leave it out.")
+            raise ValueError(
+                f"--{name} does not apply to streams, which are not read before training. Remove the option."
+            )
 
 
 def _load(name: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
@@ -120,7 +122,7 @@ def _find_column(features: Features, name: str | None, kind: type, role: str) ->
         return found[0]
     if found == [] and len(named) == 1 and kind is ClassLabel:
         return named[0]
-    if "fine_label" in found:  # CIFAR-100 has its twenty superclasses beside the hundred classes
+    if "fine_label" in found:  # CIFAR-100 has twenty superclasses in addition to the hundred classes
         return "fine_label"
     raise ValueError(
         f"{'No' if not found else 'More than one'} {role} column was found among {', '.join(features)}. "

@@ -100,8 +100,8 @@ def fit_policy(
 ) -> ExitPolicy:
     """Fit the temperature of every exit, with a few passes over its logits.
 
-    Without labels the final exit keeps temperature 1: its own predictions as labels would make it as confident as can
-    be.
+    Without labels the final exit keeps temperature 1: with its own predictions as labels, the best temperature would
+    be 0.
 
     Args:
         exit_logits: As for :func:`calibrate`.
@@ -150,7 +150,7 @@ def gather_evidence(
     for exit, logits in enumerate(exit_logits):
         exit_scores, predictions, history = _score(policy, exit, logits, rows, history)
         if exit_scores.isnan().any():
-            raise ValueError(f"exit_logits of exit {exit} hold NaN, so its predictions cannot be scored.")
+            raise ValueError(f"exit_logits of exit {exit} contain NaN, so its predictions cannot be scored.")
         scores.append(exit_scores)
         correct.append((predictions == targets).double())
     shares = torch.tensor([float(cost) for cost in costs], dtype=torch.float64)

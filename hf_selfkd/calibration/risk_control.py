@@ -63,7 +63,7 @@ def _safest_first(policies: list[list[float]], proposal: Evidence, max_risk: flo
 
 
 def _count(evidence: Evidence, policy: list[float]) -> tuple[int, int, int]:
-    """Count images that only the final exit gets right, images that only the policy gets right, and all images."""
+    """Count images that only the final exit classifies correctly, that only the policy does, and all images."""
     chosen = evidence.correct.gather(0, evidence.exit_index(policy).unsqueeze(0)).squeeze(0)
     change = evidence.correct[-1] - chosen
     return int((change > 0).sum()), int((change < 0).sum()), len(change)

@@ -144,10 +144,10 @@ def grid_trade_off(
     reached = evidence.reached(thresholds)
     arrives = ~reached[:first].any(dim=0)
     before = evidence.next_exit(reached, 0)[~arrives]
-    behind = evidence.next_exit(reached, first + len(ranks))[arrives]
-    exits = torch.stack([*(torch.full_like(behind, first + axis) for axis in range(len(ranks))), behind])
+    after = evidence.next_exit(reached, first + len(ranks))[arrives]
+    exits = torch.stack([*(torch.full_like(after, first + axis) for axis in range(len(ranks))), after])
     shape = [len(rank) + 1 for rank in ranks]
-    cells = torch.zeros_like(behind)
+    cells = torch.zeros_like(after)
     for exit, rank in enumerate(ranks, start=first):
         levels = evidence.thresholds[exit, rank].flip(0)  # ascending
         missed = len(rank) - torch.bucketize(evidence.scores[exit, arrives], levels, right=True)
@@ -166,7 +166,7 @@ def grid_trade_off(
 
 
 def _sum_exiting(histogram: Tensor, position: int) -> Tensor:
-    """Sum over the images that exit at the exit of axis ``position``, behind all axes if there is none."""
+    """Sum over the images that exit at the exit of axis ``position``, after all axes if there is none."""
     for earlier in range(min(position, histogram.dim())):
         histogram = _stay(histogram, earlier)
     if position < histogram.dim():

@@ -16,7 +16,7 @@ TEMPERATURE_LIMIT = 100.0
 
 
 def chunks(logits: Any, rows: Tensor) -> Iterator[Tensor]:
-    """Yield float32 logits of some images, a few at a time, so that memory-mapped arrays are never copied whole."""
+    """Yield float32 logits of some images, a few at a time, so that memory-mapped arrays are never copied in full."""
     for part in rows.split(CHUNK):
         chunk = logits[part.to(logits.device)] if isinstance(logits, Tensor) else torch.as_tensor(logits[part.numpy()])
         yield chunk.detach().float().cpu()

@@ -16,7 +16,7 @@ MAX_ONNX_BYTES = 2**31 - 2**20
 
 
 class StaticExit(nn.Module):
-    """A model up to one exit: without the layers behind it and without the other exits' heads.
+    """A model up to one exit: without the layers after it and without the other exits' heads.
 
     Args:
         model: A multi-exit model for classification; it is copied, not changed.
@@ -63,7 +63,7 @@ def export_exit(
 
     The file maps ``pixel_values``, ``(batch, channels, height, width)`` in float32, to ``logits``,
     ``(batch, classes)``. It is run on one image and on three (an ONNX file with onnxruntime), and its logits are
-    compared with the model's. The layers behind the exit are removed by timm's ``prune_intermediate_layers``.
+    compared with the model's. The layers after the exit are removed by timm's ``prune_intermediate_layers``.
 
     Args:
         model: A multi-exit model for classification.

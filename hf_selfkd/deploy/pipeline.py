@@ -6,10 +6,10 @@ from transformers import ImageClassificationPipeline
 
 
 class EarlyExitPipeline(ImageClassificationPipeline):
-    """The stock pipeline, with ``exit_index`` beside every label and score.
+    """The stock pipeline, with an ``exit_index`` next to every label and score.
 
     Use it as ``pipeline("image-classification", model=folder, pipeline_class=EarlyExitPipeline)`` with a checkpoint
-    with ``early_exit`` on. Without early exit, ``exit_index`` is the final exit.
+    whose ``early_exit`` is enabled. Without early exit, ``exit_index`` is the final exit.
     """
 
     def postprocess(self, model_outputs: dict[str, Any], **kwargs) -> list[dict[str, Any]]:

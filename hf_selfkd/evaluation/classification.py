@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bins of the calibration error, as Guo et al. have them.
+# Bins of the calibration error, as in Guo et al.
 NUM_BINS = 15
 
 
@@ -15,7 +15,7 @@ def reduce_class_logits(exit_logits: Sequence[Tensor], labels: Tensor) -> tuple[
     """Reduce logits to what the metrics need per image, so that memory does not grow with the number of classes.
 
     Args:
-        exit_logits: Of every exit ``(batch, classes)``.
+        exit_logits: ``(batch, classes)`` of every exit.
         labels: Class indices ``(batch,)``, -100 where there is no label, or probabilities ``(batch, classes)``.
 
     Returns:

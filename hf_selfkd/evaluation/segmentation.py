@@ -27,7 +27,7 @@ def reduce_to_pixel_counts(exit_logits: Sequence[Tensor], labels: Tensor) -> Ten
     """Count per image the diagonal of the confusion matrix and both its margins.
 
     Args:
-        exit_logits: Of every exit ``(batch, classes, height, width)``, interpolated to the size of the labels.
+        exit_logits: ``(batch, classes, height, width)`` of every exit, interpolated to the size of the labels.
         labels: Class indices ``(batch, height, width)``, -100 where there is no label.
 
     Returns:

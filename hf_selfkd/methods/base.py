@@ -67,7 +67,7 @@ class Method:
         return None
 
     def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:
-        """Return scalars to monitor that are not part of the loss; the trainer logs their means."""
+        """Return scalars to monitor, which are not part of the loss; the trainer logs their means."""
         return {}
 
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:

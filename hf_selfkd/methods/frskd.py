@@ -85,14 +85,14 @@ class FRSKD(Method):
             over pixels, as in the authors' code; the paper writes a norm.
         temperature: Softens both sets of logits, above 0; ``None`` is 4, for segmentation 1. Its square multiplies the
             divergence, as in their code.
-        ramp_start: Epoch before which the distillation terms are 0, at least 0; ``None`` is no ramp, for segmentation
-            40.
-        ramp_end: Epoch from which they have their full weight, above ``ramp_start``; ``None`` is no ramp, for
-            segmentation 60, the end of the authors' run.
+        ramp_start: Epoch before which the distillation terms are 0, at least 0; ``None`` means no ramp, for
+            segmentation 40.
+        ramp_end: Epoch from which they have their full weight, above ``ramp_start``; ``None`` means no ramp,
+            for segmentation 60, the end of the authors' run.
         width_multiplier: Width of the self-teacher's levels divided by that of the stages, above 0; in segmentation
             they are as wide as the pyramid.
-        mask_void: In segmentation, whether ignored pixels are left out of the soft labels. The authors' code includes
-            them.
+        mask_void: In segmentation, whether ignored pixels are excluded from the soft labels. The authors' code
+            includes them.
     """
 
     name: ClassVar[str] = "frskd"

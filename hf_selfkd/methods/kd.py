@@ -40,7 +40,7 @@ class KD(Method):
         """Return the teacher."""
         if self.teacher is None:
             raise ValueError(
-                "KD needs a teacher, but got teacher=None. Give a timm model, a multi-exit model, a transformers "
+                "KD needs a teacher, but got teacher=None. Pass a timm model, a multi-exit model, a transformers "
                 "image classifier, or the name of one: get_method('kd', teacher='resnet50.a1_in1k')."
             )
         return Teacher(self.teacher, model).to(model.device)

@@ -46,7 +46,7 @@ class LSH(Method):
             training; with ``"zero"`` all planes contain the origin, as on ImageNet. ``None`` is ``"median"`` with a
             teacher and ``"zero"`` without one, where medians are not possible: the features change in training.
         correct_only: Whether to mimic only images that the teacher predicts correctly, as in the authors' code for
-            single labels. Of label probabilities the largest is the label.
+            single labels. For probabilities, the label is the most probable class.
     """
 
     name: ClassVar[str] = "lsh"
@@ -70,7 +70,7 @@ class LSH(Method):
         if self.bias == "median" and self.teacher is None:
             raise ValueError(
                 "LSH needs a teacher for bias='median', because the features of the final exit change in training. "
-                "Give a teacher, or bias='zero'."
+                "Pass a teacher, or bias='zero'."
             )
 
     @property
@@ -102,7 +102,7 @@ class LSH(Method):
         if not std > 0:
             raise ValueError(
                 "LSH scales its planes by the standard deviation of the classifier's weights, but these are all equal "
-                "or missing. Start from trained weights, or give hash_std, such as 0.03."
+                "or missing. Start from trained weights, or set hash_std, such as 0.03."
             )
         return HashLayer(self.num_hashes or HASHES_PER_FEATURE * width, width, std, teacher).to(model.device)
 
@@ -187,5 +187,5 @@ def _gather(batches: list[Tensor]) -> Tensor:
         dist.all_gather_object(gathered, batches)
         batches = [batch for process in gathered for batch in process]
     if not batches:
-        raise ValueError("LSH got no training batches to compute medians from. Give training data, or bias='zero'.")
+        raise ValueError("LSH got no training batches to compute medians from. Pass training data, or bias='zero'.")
     return torch.cat(batches)

@@ -154,8 +154,8 @@ class OKDMDE(Method):
     """Online Knowledge Distillation via Multi-branch Diversity Enhancement (Li et al., ACCV 2020).
 
     https://arxiv.org/abs/2010.00795. Neither the authors' code nor the numbers of the paper are public; where the
-    abstract is silent we follow related work (ONE, OKDDip) and say so. The students share the trunk, whose gradient is
-    the sum over them. The network's own last stage is one of them, so the trained model is a branch;
+    abstract gives no details we follow related work (ONE, OKDDip) and say so. The students share the trunk, whose
+    gradient is the sum over them. The network's own last stage is one of them, so the trained model is a branch;
     ``model.scaffold.to_model(model, student)`` returns another, ``to_ensemble(model)`` all. If the last stage cannot
     be copied, the exits are the students and are not detached.
 

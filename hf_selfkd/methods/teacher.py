@@ -16,7 +16,7 @@ from ..models.outputs import MultiExitOutput
 
 
 # The inputs of the classifier of the teacher that is running in this thread. Not an attribute of the teacher: that
-# would break pickle, and two threads would see each other's images. Not the visitor of models.hooks either: a teacher
+# would break pickle, and two threads would get each other's images. Not the visitor of models.hooks either: a teacher
 # need not be a timm model, and the visitor of a multi-exit teacher would keep the outputs of all its stages in memory.
 class _Active(threading.local):
     def __init__(self):  # called in every thread; without a value torch.compile would compile twice
@@ -29,14 +29,14 @@ _active = _Active()
 class Teacher(nn.Module):
     """A frozen network: in eval mode also under ``train()``, without gradients, never saved.
 
-    It gets the student's images, in the precision of the run, so it must accept their size and normalisation. Of a
-    multi-exit model the final exit is the teacher.
+    It gets the student's images, in the precision of the run, so it must accept their size and normalisation. The
+    teacher in a multi-exit model is its final exit.
 
     Args:
         teacher: A timm model, multi-exit model or transformers image classifier, which is frozen; or a string: a
             folder, a Hub repository (``owner/name``), or a timm name, whose weights are downloaded.
         model: The student, a multi-exit model.
-        with_features: Whether to return the features that enter the classifier, too.
+        with_features: Whether to also return the features that enter the classifier.
 
     Raises:
         TypeError: If ``teacher`` is none of these.
@@ -51,10 +51,10 @@ class Teacher(nn.Module):
         if num_classes != model.config.num_labels:
             raise ValueError(
                 f"The teacher has {num_classes} classes, but the model has {model.config.num_labels}. "
-                "Give a teacher that was trained on the classes of the data."
+                "Choose a teacher that was trained on the classes of the data."
             )
         if set(network.parameters()) & set(model.parameters()):
-            raise ValueError("The teacher shares weights with the model in training. Give a copy of it.")
+            raise ValueError("The teacher shares weights with the model in training. Pass a copy of it.")
         self.network = _core(network).requires_grad_(False).eval()
         self.with_features = with_features
         self.num_features = 0

@@ -109,7 +109,7 @@ def collect_facts(
         model_name: Title of the card; ``None`` for the name of the repository or the folder.
         dataset: As in :class:`CardFacts`.
         dataset_tags: As in :class:`CardFacts`.
-        finetuned_from: Repository that the weights came from; ``None`` for the one that the model names.
+        finetuned_from: Repository that the weights came from; ``None`` for the one named in its configuration.
         language: As in the Hub's metadata.
         license: As in the Hub's metadata.
         tags: Additional tags.
@@ -219,7 +219,7 @@ def _summary(method: Method) -> str:
 
 
 def measure_latency(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Return the latency to each exit for :class:`CardFacts`, ``None`` for a model that is no classifier.
+    """Return the latency to each exit for :class:`CardFacts`, ``None`` for a model that is not a classifier.
 
     Runs one image of random pixels through the model, on the device that the model is on.
     """

@@ -1,4 +1,4 @@
-"""A model card on disk, with the facts that it was rendered from beside it."""
+"""A model card on disk, next to the facts that it was rendered from."""
 
 import hashlib
 import json

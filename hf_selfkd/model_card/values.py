@@ -137,7 +137,7 @@ def policy_values(fields: dict[str, Any]) -> dict[str, Any]:
                 zip([*thresholds, "always"], policy.temperatures, strict=True)
             )
         ],
-        "exits_early": any(map(policy.is_reachable, range(policy.num_exits - 1))),
+        "has_early_exits": any(map(policy.is_reachable, range(policy.num_exits - 1))),
         "calibration": record if record.keys() >= _CALIBRATION else None,
         "has_labels": record.get("reference", "labels") == "labels",
     }

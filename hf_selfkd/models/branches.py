@@ -6,7 +6,7 @@ at the end of ``layer3``:
 
     conv1  bn1  act1  maxpool  layer1  layer2  layer3 | layer4  global_pool  fc
     <------------------------------- ran ------------------------------------->     modules that were called
-                                                        <------ behind ------->     of these, after the stage ended
+                                                        <------- after ------->     of these, after the stage ended
                                                         layer4.*        fc.*        parameters reached from its output
     <---------- replaced by placeholders -----------> | <-------- kept ------->
 """
@@ -24,7 +24,7 @@ from .hooks import Collector, attach_stage_hook, join_features, run
 from .stages import Anatomy
 from .timm_quirks import classifiers, copy_module
 
-# Errors of networks that read more of a placeholder than its output.
+# Errors raised by networks that read more of a placeholder than its output.
 _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -121,7 +121,7 @@ def copy_tail(
         backbone: A model with the hooks of :func:`~hf_selfkd.models.hooks.attach_hooks`.
         anatomy: Its measured structure.
         stage: Index of the stage.
-        create: Builds the backbone anew.
+        create: Builds a new backbone.
         image_shape: Channels, height and width of an image that the backbone takes.
 
     Raises:
@@ -178,14 +178,14 @@ class Trace:
     Args:
         end: Path of the module that ends the stage.
         ran: Paths of the modules that were called.
-        behind: Paths of those that were still called after the stage had ended.
+        after: Paths of those that were still called after the stage had ended.
         reached: Names of the parameters that logits or features depend on, given the stage's output.
         placeholders: A placeholder for every module that got a tensor, by path.
     """
 
     end: str
     ran: set[str]
-    behind: set[str]
+    after: set[str]
     reached: set[str]
     placeholders: dict[str, _Placeholder]
 
@@ -208,8 +208,8 @@ def trace_run(tail: Tail, images: Tensor) -> Trace:
         for handle in handles:
             handle.remove()
     end = tail.anatomy.stages[tail.stage].module
-    behind = calls[calls.index(end) + 1 :]
-    return Trace(end, set(calls), set(behind), reached, placeholders)
+    after = calls[calls.index(end) + 1 :]
+    return Trace(end, set(calls), set(after), reached, placeholders)
 
 
 class _Leaf(Collector):
@@ -245,13 +245,13 @@ def _reached_parameters(tail: Tail, images: Tensor) -> set[str]:
 
 
 def modules_to_replace(backbone: nn.Module, trace: Trace) -> list[str]:
-    """List the outermost modules that ran before the end of the stage only and hold nothing needed behind it."""
-    needed = {trace.end} | trace.behind | trace.reached
+    """List the outermost modules that ran before the end of the stage only and hold nothing needed after it."""
+    needed = {trace.end} | trace.after | trace.reached
     chosen: list[str] = []
     for path, _ in backbone.named_modules(remove_duplicate=False):
         inside_chosen = any(path.startswith(f"{other}.") for other in chosen)
         holds_needed = any(name.startswith(f"{path}.") for name in needed)
-        if path in trace.ran - trace.behind and not inside_chosen and not holds_needed:
+        if path in trace.ran - trace.after and not inside_chosen and not holds_needed:
             chosen.append(path)
     return chosen
 

@@ -57,11 +57,11 @@ class MultiExitConfig(PreTrainedConfig):
 
     Args:
         backbone: A timm architecture name, with or without a timm tag (``resnet18.a1_in1k``).
-        backbone_kwargs: Passed to ``timm.create_model``. Arguments that download or read weights are refused; use
+        backbone_kwargs: Passed to ``timm.create_model``. Arguments that download or read weights are rejected; use
             :meth:`MultiExitForImageClassification.from_backbone` for these.
         exits: Indices into the backbone's ``feature_info`` of the stages with an auxiliary exit, strictly increasing.
-            The final exit is the backbone's own head and never listed. ``None``: of an isotropic network the stages
-            after a quarter, half and three quarters of its depth, of a hierarchical one the last stage of each of the
+            The final exit is the backbone's own head and never listed. ``None``: in an isotropic network the stages
+            after a quarter, half and three quarters of its depth, in a hierarchical one the last stage of each of the
             three resolutions before the final one. ``[]``: no auxiliary exit.
         exit_width: Width of exit features; ``None``: that of the backbone's own pre-logits.
         pyramid_width: Channels of the feature pyramid, for segmentation.
@@ -76,7 +76,7 @@ class MultiExitConfig(PreTrainedConfig):
 
     A configuration from the Hub is safe to read and to build from: it causes no download and no reading of other
     files. More than 200,000 classes, widths and numbers in ``backbone_kwargs`` above 65,536, images of more than 8,192
-    pixels a side and models of more than 10 billion values are refused before memory is allocated.
+    pixels a side and models of more than 10 billion values are rejected before memory is allocated.
 
     Unknown fields are kept, as in every transformers configuration, with a warning that names them.
 
@@ -207,7 +207,7 @@ class MultiExitConfig(PreTrainedConfig):
     def _check_exits(self) -> None:
         if not isinstance(self.exits, (list, tuple)) or not all(_is_integer(stage) for stage in self.exits):
             raise ValueError(f"exits must be a list of stage indices such as [1, 2, 3], but got {self.exits!r}.")
-        if any(deep <= shallow for shallow, deep in zip(self.exits, self.exits[1:], strict=False)):
+        if any(later <= earlier for earlier, later in zip(self.exits, self.exits[1:], strict=False)):
             raise ValueError(
                 f"exits must list each stage once, in increasing order, but got {list(self.exits)}. "
                 f"Did you mean {sorted(set(self.exits))}?"

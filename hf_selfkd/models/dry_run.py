@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .hooks import Visitor, attach_hooks, join_features, run
 from .stages import Anatomy, Stage
-from .timm_quirks import _PATCH_GRIDS, _RESIZING, _STAGE_ENDS, copy_to_meta
+from .timm_quirks import PATCH_GRIDS, RESIZING, STAGE_ENDS, copy_to_meta
 
 
 def input_shape(backbone: nn.Module) -> tuple[int, int, int]:
@@ -41,7 +41,7 @@ def measure(backbone: nn.Module) -> Anatomy:
     """Measure where the stages of a backbone end, and the sizes and layouts of their outputs.
 
     Runs a copy on the meta device, which takes neither memory nor arithmetic: timm's ``reduction`` numbers are stale
-    after a change of the stem, and the layout of a module's output is documented nowhere.
+    after a change of the stem, and the layout of a module's output is not documented.
 
     Args:
         backbone: A timm model with ``feature_info`` and a classifier, on any device; it is not changed.
@@ -56,7 +56,7 @@ def measure(backbone: nn.Module) -> Anatomy:
         images = torch.empty(2, channels, *image_size, dtype=next(twin.parameters()).dtype)
         seen = _run_recorded(twin, paths, images)
         feature_maps = _feature_maps(twin, images)
-    size = None if type(twin).__name__ in _RESIZING else tuple(image_size)
+    size = None if type(twin).__name__ in RESIZING else tuple(image_size)
     stages = choose_layouts(paths, seen.outputs, feature_maps, size)
     return Anatomy(tuple(stages), join_features(seen.features).shape[-1], seen.order == sorted(seen.order))
 
@@ -114,7 +114,7 @@ def _end_of_stage(backbone: nn.Module, path: str) -> str | None:
     """
     modules = dict(backbone.named_modules())
     first, dot, rest = path.partition(".")
-    path = _STAGE_ENDS.get(type(backbone).__name__, {}).get(first, first) + dot + rest
+    path = STAGE_ENDS.get(type(backbone).__name__, {}).get(first, first) + dot + rest
     if path not in modules:
         return None
     while type(modules[path]) in (nn.Sequential, nn.ModuleList) and len(modules[path]):
@@ -125,7 +125,7 @@ def _end_of_stage(backbone: nn.Module, path: str) -> str | None:
 
 def _feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     """Return timm's own feature maps of all stages."""
-    if type(backbone).__name__ not in _PATCH_GRIDS:
+    if type(backbone).__name__ not in PATCH_GRIDS:
         return backbone.forward_intermediates(images, intermediates_only=True)
     grid = [side // patch for side, patch in zip(images.shape[2:], backbone.patch_size, strict=True)]
     return [images.new_empty(len(images), info["num_chs"], *grid) for info in backbone.feature_info]

@@ -29,7 +29,7 @@ class ChunkDone(Exception):
 
 
 def exit_early(model: nn.Module, pixel_values: Tensor, policy: ExitPolicy) -> EarlyExitOutput:
-    """Run a model on images ``(batch, channels, height, width)`` and let each exit where the policy says so.
+    """Run a model on images, each of which exits at the exit that the policy selects.
 
     Args:
         model: A multi-exit model for classification, in eval mode. Whether its batches can shrink is found out once
@@ -107,15 +107,15 @@ class EarlyExit(Visitor):
         return CPU_IMAGES_PER_THREAD * torch.get_num_threads()
 
     def on_stage(self, stage: int, output: Any) -> Any:
-        """Let images exit at a stage that has an exit; return the rows of the others if the batch shrinks."""
+        """Exit images at a stage that has an exit; return the rows of the others if the batch shrinks."""
         exit = self.exit_at.get(stage)
         if exit is None:
             return None
         logits = self.model.logits_at_exit(exit, output, tuple(self.pixel_values.shape[-2:]))
-        stay = self._let_exit(exit, logits if self.shrink else logits[self.rows])
+        stay = self._exit_images(exit, logits if self.shrink else logits[self.rows])
         return None if stay is None or not self.shrink else keep_rows(output, stay, len(logits))
 
-    def _let_exit(self, exit: int, logits: Tensor) -> Tensor | None:
+    def _exit_images(self, exit: int, logits: Tensor) -> Tensor | None:
         """Record the images that exit; return which of the remaining rows stay, ``None`` for all of them."""
         exits_here, confidence = self.judge(exit, logits)
         num_exiting = int(exits_here.sum())  # the only value that is copied to the host
@@ -138,7 +138,7 @@ class EarlyExit(Visitor):
 
 
 class _WaitForChunks(Visitor):
-    """Holds the outputs of chunks at a stage; behind it the inner visitor sees the complete batch.
+    """Holds the outputs of chunks at a stage; from there on the inner visitor receives the complete batch.
 
     Args:
         until: Index of the stage.
@@ -167,12 +167,12 @@ class _WaitForChunks(Visitor):
 
 
 def run_in_chunks(model: nn.Module, images: Tensor, visitor: Visitor, until: int | None, chunk_size: int) -> Tensor:
-    """Run a network in chunks up to a stage and with the complete batch behind it.
+    """Run a network in chunks up to a stage and with the complete batch from there on.
 
     Args:
         model: A multi-exit model.
         images: ``(batch, channels, height, width)``.
-        visitor: Sees the stage ``until`` and all behind it once, with the complete batch.
+        visitor: Receives the stage ``until`` and all later stages once, with the complete batch.
         until: Index of the stage; ``None`` runs the complete batch at once.
         chunk_size: Images that run at once.
 
@@ -191,7 +191,7 @@ def run_in_chunks(model: nn.Module, images: Tensor, visitor: Visitor, until: int
 
 
 class _Rehearsal(EarlyExit):
-    """Lets image ``i`` exit at exit ``i`` whatever its logits, and keeps the features of the first classifier."""
+    """Exits image ``i`` at exit ``i`` whatever its logits, and keeps the features of the first classifier."""
 
     chunk_size = property(lambda self: 2 if self.shrink else len(self.pixel_values))  # the same on every machine
     features: Tensor | None = None

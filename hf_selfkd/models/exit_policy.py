@@ -45,7 +45,7 @@ class Criterion:
     """A score by which images exit early; it grows with certainty and is at least 0.
 
     Args:
-        name: What ``ExitPolicy.criterion`` and a saved policy call it.
+        name: Its name in ``ExitPolicy.criterion`` and in saved policies.
         description: A noun phrase for the model card.
         score: ``(probabilities, history) -> (scores, history)``: the softmax of an exit ``(batch, classes)`` and the
             history of the previous exit, ``None`` at the first; scores ``(batch,)`` in float32 and the history for the
@@ -67,7 +67,7 @@ class Criterion:
         return max(map(self.max_score, range(num_exits))) + 1
 
 
-# All there are, by name: policies, calibration and model card read everything about a criterion from its record.
+# All criteria by name: policies, calibration and model card read everything about a criterion from its record.
 CRITERIA = {
     criterion.name: criterion
     for criterion in (
@@ -98,7 +98,7 @@ def get_criterion(name: str) -> Criterion:
     """Look up a criterion by name.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If there is no criterion of this name.
     """
     if not isinstance(name, str) or name not in CRITERIA:
         hint = did_you_mean(str(name), CRITERIA)

@@ -19,22 +19,22 @@ from .stages import Anatomy
 from .timm_quirks import classifiers
 
 # The visitor of the call that is running in this thread. Not an attribute of the model: that would break pickle, and
-# two threads that share a model would see each other's images.
+# two threads that share a model would receive each other's images.
 _active = threading.local()
 
 
 class Visitor:
-    """Sees the intermediate outputs of a backbone. Does nothing by itself; subclasses override what they need."""
+    """Receives the intermediate outputs of a backbone. Does nothing by itself; subclasses override what they need."""
 
     def on_stage(self, index: int, output: Any) -> Any:
-        """See the raw output of a stage as it ends.
+        """Receive the raw output of a stage as it ends.
 
         Returns:
             The output that the network continues with; ``None`` keeps the stage's own.
         """
 
     def on_features(self, features: Tensor) -> None:
-        """See the features ``(batch, width)`` that enter a classifier; called once per classifier."""
+        """Receive the features ``(batch, width)`` that enter a classifier; called once per classifier."""
 
 
 class Collector(Visitor):
@@ -85,14 +85,14 @@ def attach_stage_hook(module: nn.Module, index: int) -> None:
 
 
 def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Visitor) -> Tensor:
-    """Run a backbone and return its logits; the visitor sees each stage as it ends.
+    """Run a backbone and return its logits; the visitor receives each stage as it ends.
 
     Args:
         backbone: A model with the hooks of :func:`attach_hooks`.
         anatomy: Its measured structure.
         pixel_values: ``(batch, channels, height, width)``.
-        visitor: Sees each stage and the features. What it returns for a stage replaces the output, unless that is
-            ``None`` or the anatomy is not ``hooked``.
+        visitor: Receives each stage and the features. The value it returns for a stage replaces the output, unless it
+            is ``None`` or the anatomy is not ``hooked``.
     """
     previous = getattr(_active, "visitor", None)
     _active.visitor = visitor

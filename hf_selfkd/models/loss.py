@@ -24,7 +24,7 @@ def counted_over_processes() -> Iterator[None]:
     """Correct the gradients of means over a subset of samples for data-parallel processes, which average gradients.
 
     Two processes with 1 and 3 labelled images must not weigh them 3 to 1. A sum is divided by the number of such
-    samples that a process has on average, so that the average over processes is the mean over the whole batch. All
+    samples that a process has on average, so that the average over processes is the mean over the global batch. All
     processes must compute their losses under it; without a process group, or with one process, it changes nothing.
     """
     _counting.over_processes = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

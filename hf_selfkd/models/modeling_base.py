@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .checkpoints import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
+from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
 from .configuration import MultiExitConfig
 from .dry_run import measure
 from .exit_policy import resolve_policy
@@ -81,7 +81,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         if pretrained and num_labels is None and config.get("exit_width") is not None:
             raise ValueError(
                 "exit_width puts a new classifier on the backbone, so the pretrained one would be lost. "
-                "Give num_labels if that is intended, or leave exit_width at None."
+                "Pass num_labels if that is intended, or leave exit_width at None."
             )
         built, model = create_recorded(backbone, pretrained, num_labels, config)
         return cls(built, backbone=model)
@@ -207,12 +207,12 @@ class MultiExitPreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: A folder or a repository of the Hub.
-            args: As there.
+            args: See there.
             ignore_mismatched_sizes: Whether weights of another shape, such as those for other classes, are
-                initialised anew.
-            output_loading_info: As there.
-            use_safetensors: ``False`` is refused.
-            kwargs: As there, fields of the configuration included.
+                newly initialised.
+            output_loading_info: See there.
+            use_safetensors: ``False`` is rejected.
+            kwargs: See there; fields of the configuration are accepted too.
 
         Raises:
             OSError: If there is no such checkpoint, or its weights are not in safetensors.
@@ -220,7 +220,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
                 describes a model far larger than the checkpoint.
         """
         if use_safetensors is False:
-            raise ValueError("Weights are read from safetensors only. Leave out use_safetensors.")
+            raise ValueError("Weights are read from safetensors only. Do not pass use_safetensors.")
         source = pretrained_model_name_or_path
         if source is not None:
             check_weights(source, kwargs)

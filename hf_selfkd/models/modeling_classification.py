@@ -133,11 +133,11 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
     @torch.compiler.disable
     @torch.no_grad()
     def early_exit(self, pixel_values: Tensor, policy: ExitPolicy | None = None) -> EarlyExitOutput:
-        """Let each image exit where the policy says so; the rest of the network runs on the remaining images.
+        """Exit each image at the exit that the policy selects; the rest of the network runs on the remaining images.
 
         The outputs equal those of computing all exits and choosing afterwards. If the network is not sequential at its
-        exits, which a few random inputs show before the first batch, the complete batch runs until its last image has
-        exited, with a warning. If stages do not end in order, all exits are computed. On a CPU, images run
+        exits, which is tested on a few random inputs before the first batch, the complete batch runs until its last
+        image has exited, with a warning. If stages do not end in order, all exits are computed. On a CPU, images run
         up to the first exit in small chunks that fit its caches.
 
         Args:

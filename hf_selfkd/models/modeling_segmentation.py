@@ -28,8 +28,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
     """A timm backbone with a bidirectional feature pyramid, whose head is the final exit.
 
     The auxiliary exits are convolutional heads on the feature maps of the backbone's stages. Images may have any size
-    that the backbone takes: they are padded at bottom and right to a multiple of its stride, mostly 32, and the logits
-    are cropped. Networks with windowed attention take one size only, or any with
+    that the backbone takes: they are padded at bottom and right to a multiple of its stride, usually 32, and the
+    logits are cropped. Networks with windowed attention take one size only, or any with
     ``backbone_kwargs={"strict_img_size": False}``.
 
     Args:
@@ -152,8 +152,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
             exit_logits.append(resize_logits(head(feature_map), size))
         exit_logits.append(self.head(pyramid))
         height, width = (
-            -(-side * cells // whole)
-            for side, cells, whole in zip((height, width), size, padded.shape[-2:], strict=True)
+            -(-side * cells // padded_side)
+            for side, cells, padded_side in zip((height, width), size, padded.shape[-2:], strict=True)
         )
         return self._finish(
             pixel_values,

@@ -29,8 +29,8 @@ class BiFPN(nn.Module):
         widths: Channels of the output feature maps, first to last.
         channels: Channels of the input feature maps, which two 1x1 convolutions per level (one at the first)
             project to ``widths``; ``None`` for non-negative inputs that already have these widths.
-        eps: Epsilon of the batch norms. Levels of few pixels, whose variance may be next to zero, need EfficientDet's
-        1e-3.
+        eps: Epsilon of the batch norms. Levels of few pixels, whose variance may be close to zero, need EfficientDet's
+            1e-3.
     """
 
     def __init__(self, widths: Sequence[int], channels: Sequence[int] | None = None, *, eps: float = 1e-5):

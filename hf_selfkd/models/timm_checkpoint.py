@@ -5,12 +5,11 @@ import os
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
 from timm.models import save_for_hf
 from torch import nn
 
 from .configuration import MultiExitConfig
-from .timm_quirks import copy_module
+from .timm_quirks import copy_module, without_pooling
 
 # The fields that timm builds its transforms from.
 _TRANSFORMS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -35,7 +34,8 @@ def save_timm_checkpoint(backbone: nn.Module, config: MultiExitConfig, folder: s
     path = os.path.join(folder, "config.json")
     if os.path.isfile(path) and _read(path).get("model_type") == config.model_type:
         raise ValueError(
-            f"{os.fspath(folder)} holds a multi-exit model, whose files have the names of timm's. Give another folder."
+            f"{os.fspath(folder)} holds a multi-exit model, whose files have the names of timm's. Choose another "
+            "folder."
         )
     plain = copy_module(backbone)
     _fold_projection(plain)
@@ -56,8 +56,7 @@ def save_timm_checkpoint(backbone: nn.Module, config: MultiExitConfig, folder: s
 @torch.no_grad()
 def _fold_projection(backbone: nn.Module) -> None:
     """Fold the projection and the classifier of ``exit_width`` into one linear layer, multiplied in float64."""
-    classifier = backbone.get_classifier()
-    classifier = classifier.fc if isinstance(classifier, ClassifierHead) else classifier
+    classifier = without_pooling(backbone.get_classifier())
     if not isinstance(classifier, nn.Sequential):
         return
     projection, last = classifier

@@ -4,14 +4,13 @@ import copy
 from typing import Any
 
 import timm
-from timm.layers import ClassifierHead
 from timm.models import get_arch_pretrained_cfgs, parse_model_name
 from torch import nn
 
 from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
 from .did_you_mean import did_you_mean
 from .dry_run import input_shape
-from .timm_quirks import _STEM_POOLS
+from .timm_quirks import STEM_POOLS, without_pooling
 
 
 def create_backbone(
@@ -45,7 +44,7 @@ def create_backbone(
             f"with get_classifier(){_classifier_of(name)}."
         )
     if backbone.num_classes == 0:
-        raise ValueError(f"timm model '{name}' has no classes of its own. Give num_labels.")
+        raise ValueError(f"timm model '{name}' has no classes of its own. Pass num_labels.")
     if small_input_stem:
         _shrink_stem(backbone, name)
     if exit_width is not None:
@@ -79,7 +78,7 @@ def _shrink_stem(backbone: nn.Module, name: str) -> None:
     if not isinstance(conv, nn.Conv2d) or conv.stride in ((1, 1), conv.kernel_size):
         raise ValueError(
             f"small_input_stem needs a backbone that starts with a strided convolution, but '{name}' does not. "
-            "For patch-based models give backbone_kwargs such as {'img_size': 32, 'patch_size': 4}."
+            "For patch-based models pass backbone_kwargs such as {'img_size': 32, 'patch_size': 4}."
         )
     if conv.kernel_size == (3, 3):
         conv.stride = (1, 1)
@@ -88,15 +87,14 @@ def _shrink_stem(backbone: nn.Module, name: str) -> None:
         nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
         backbone.set_submodule(path, small)
     modules = dict(backbone.named_modules())
-    for pool in _STEM_POOLS:
+    for pool in STEM_POOLS:
         if pool in modules and getattr(modules[pool], "stride", None) not in (1, (1, 1)):
             backbone.set_submodule(pool, nn.Identity())
 
 
 def _project_features(backbone: nn.Module, name: str, width: int) -> None:
     """Replace the classifier by a linear projection to ``width`` and a new classifier (LSH, section 3.1)."""
-    classifier = backbone.get_classifier()
-    classifier = classifier.fc if isinstance(classifier, ClassifierHead) else classifier
+    classifier = without_pooling(backbone.get_classifier())
     if not isinstance(classifier, nn.Linear):
         raise ValueError(
             f"exit_width needs a backbone with one linear classifier, but that of '{name}' is a "
@@ -140,7 +138,7 @@ def create_recorded(
     fields = dict(fields)
     given = dict(fields.pop("backbone_kwargs", None) or {})
     if "num_classes" in given:
-        raise ValueError("Give the number of classes as num_labels, not in backbone_kwargs.")
+        raise ValueError("Pass the number of classes as num_labels, not in backbone_kwargs.")
     backbone = create_backbone(
         name,
         num_classes=num_labels,

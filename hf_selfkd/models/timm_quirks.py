@@ -1,4 +1,4 @@
-"""Peculiarities of single timm families, as far as possible as data."""
+"""Peculiarities of individual timm families, as data where possible."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves  # see hooks.py
 
 # Where feature_info names modules that do not exist or do not end the stage: first part of the name -> what ends it.
-_STAGE_ENDS = {
+STAGE_ENDS = {
     "Gemma4VitClassifier": {"blocks": "encoder.blocks"},
     "Hiera": {"blocks": "none"},  # its tokens are ordered by mask units, which only forward_intermediates undoes
     "HighResolutionNet": {"stem": "act1"} | {f"stage{scale + 1}": f"incre_modules.{scale}" for scale in range(4)},
@@ -18,15 +18,15 @@ _STAGE_ENDS = {
     "Twins": {"block": "blocks"},
 }
 
-# Classes whose forward_intermediates reads values, which the meta device has not: their feature maps are the grid of
-# patches.
-_PATCH_GRIDS = {"Gemma4VitClassifier"}
+# Classes whose forward_intermediates reads values, which the meta device does not have: their feature maps are the
+# grid of patches.
+PATCH_GRIDS = {"Gemma4VitClassifier"}
 
 # Classes that resize every image to the size they were built for.
-_RESIZING = {"CrossVit"}
+RESIZING = {"CrossVit"}
 
 # Pooling that follows the first convolution, per family.
-_STEM_POOLS = ("features.conv1_pool", "features.pool0", "maxpool", "pool0", "stem.pool")
+STEM_POOLS = ("features.conv1_pool", "features.pool0", "maxpool", "pool0", "stem.pool")
 
 
 def classifiers(backbone: nn.Module) -> list[nn.Module]:
@@ -39,9 +39,13 @@ def classifiers(backbone: nn.Module) -> list[nn.Module]:
     return [_last_layer(classifier) for classifier in classifiers]
 
 
+def without_pooling(classifier: nn.Module) -> nn.Module:
+    """Return a classifier from ``get_classifier``, which in some models holds its pooling too, without that."""
+    return classifier.fc if isinstance(classifier, ClassifierHead) else classifier
+
+
 def _last_layer(classifier: nn.Module) -> nn.Module:
-    if isinstance(classifier, ClassifierHead):  # some models return the head together with its pooling
-        return classifier.fc
+    classifier = without_pooling(classifier)
     return classifier[-1] if isinstance(classifier, nn.Sequential) else classifier  # made by _project_features
 
 

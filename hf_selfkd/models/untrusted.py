@@ -14,11 +14,11 @@ from .stages import Anatomy
 # Parameters and buffers of one model, counted in values. The largest timm model, a ViT, has 6.8 billion.
 MAX_VALUES = 10_000_000_000
 
-# Tensors that the constructor of a backbone may create. hrnet_w64, the most found among timm's models, creates 2,000.
+# Tensors that the constructor of a backbone may create. hrnet_w64 creates 2,000, more than any other timm model.
 MAX_TENSORS = 10_000
 
 # Values that loading may initialise because the checkpoint does not hold them: classifiers for other classes, tables
-# of relative positions. More is refused unless the checkpoint itself is larger.
+# of relative positions. More is rejected unless the checkpoint itself is larger.
 MAX_NEW_VALUES = 100_000_000
 
 _FACTORIES = {torch.empty, torch.full, torch.ones, torch.rand, torch.randn, torch.tensor, torch.zeros}

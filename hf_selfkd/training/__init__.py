@@ -1,4 +1,4 @@
-"""Training only, never with a checkpoint: the trainer, its callbacks, checkpoints and data."""
+"""Training: the trainer, its callbacks, checkpoints and data. Nothing here is saved with a model."""
 
 from .checkpoints import find_last_checkpoint
 from .progress import ProgressTable

@@ -19,8 +19,8 @@ from .streaming import SeededStream
 def seeded(dataset: Any, trainer: Trainer, name: str, batch_size: int | None = None) -> Any:
     """Return data whose samples are checked, and drawn under random states of seed, epoch and index only.
 
-    Data without an index is returned as it is, unless it is a :class:`~hf_selfkd.training.SeededStream`; of a
-    dictionary of data sets each one is seeded.
+    Data without an index is returned unchanged, unless it is a :class:`~hf_selfkd.training.SeededStream`; in a
+    dictionary of datasets each one is seeded.
 
     Args:
         dataset: Training, evaluation or test data of the trainer, or the name of a part of it.
@@ -48,7 +48,7 @@ def seeded(dataset: Any, trainer: Trainer, name: str, batch_size: int | None = N
 def add_indices(loader: DataLoader) -> DataLoader:
     """Add the indices of its samples to each batch of a loader, which is returned."""
     base = getattr(loader, "base_dataloader", loader)  # of Accelerate's
-    base.collate_fn = IndexedCollator(base.collate_fn)  # behind the removal of columns, which loses the indices
+    base.collate_fn = IndexedCollator(base.collate_fn)  # after the removal of columns, which loses the indices
     return loader
 
 

@@ -37,12 +37,12 @@ class PrepareScaffold(TrainerCallback):
                 self.trainer.method.prepare(network, batches)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Leave all processes with the same model."""
+        """Make the models of all processes equal."""
         synchronise_batch_norm(self.trainer)
 
 
 class SeedData(TrainerCallback):
-    """Keeps epoch and micro-batch, on which random states depend.
+    """Keep the epoch and the micro-batch, on which random states depend.
 
     Attributes:
         epoch: Shared with the training data and its workers; ``None`` if the data has none.
@@ -94,7 +94,7 @@ def ends_epoch(state: TrainerState) -> bool:
 class EmaWeights(TrainerCallback):
     """Exponential moving average of the inference weights, by timm's ``ModelEmaV3``.
 
-    Checkpoints hold both: the trained weights as the model's, the averaged ones beside them.
+    Checkpoints hold both: the trained weights as the model's, the averaged ones next to them.
 
     Args:
         decay: Share of the average that remains at each step, in [0, 1).
@@ -171,7 +171,7 @@ class CardRecorder(TrainerCallback):
         return self._evaluation if self._is_current else None
 
     def record(self, evaluation: Evaluation) -> None:
-        """Record an evaluation of the current weights; not one of ``predict``, or of one data set among several."""
+        """Record an evaluation of the current weights; not one of ``predict``, or of one dataset among several."""
         if "eval_loss" in evaluation.metrics:
             self._evaluation, self._is_current = evaluation, True
 
@@ -181,11 +181,11 @@ class CardRecorder(TrainerCallback):
         self.policy_before_training = multi_exit_model(model).config.exit_policy
 
     def on_step_end(self, args, state, control, **kwargs):
-        """An evaluation before this step is one of earlier weights."""
+        """Mark the last evaluation as one of earlier weights."""
         self._is_current = False
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Of the best checkpoint, which the model now holds, take the evaluation from the log."""
+        """Take the evaluation of the best checkpoint, which the model now holds, from the log."""
         if self._evaluation is None or not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         best = [entry for entry in state.log_history if entry.get("step") == state.best_global_step]

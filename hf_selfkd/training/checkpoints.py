@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or absent, whatever stops the run, and the files in them beside transformers' own."""
+"""Checkpoint folders: complete or absent, whatever stops the run, and the files added to transformers' own."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def written_aside(run_folder: str, name: str) -> Iterator[str]:
 def commit_checkpoint(run_folder: str, name: str, limit: int | None, best: str | None) -> None:
     """Give a checkpoint that was written aside its name, and delete the oldest ones above ``limit``.
 
-    Killed at any moment, there is no incomplete checkpoint under a checkpoint's name. Neither the newest nor the
+    Whenever the process is killed, no incomplete checkpoint has a checkpoint's name. Neither the newest nor the
     best is deleted.
 
     Args:
@@ -152,7 +152,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _set_aside(checkpoint: str) -> None:
-    """Move a checkpoint that is to be deleted: killed meanwhile, no half of it keeps the name."""
+    """Move a checkpoint before deleting it, so that a kill leaves no partial checkpoint under its name."""
     folder, name = os.path.split(checkpoint)
     os.rename(checkpoint, os.path.join(folder, INCOMPLETE_NAME, f"deleted-{name}"))
 

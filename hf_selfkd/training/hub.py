@@ -20,7 +20,7 @@ class HiddenToken(str):
 
 
 class ReportPushes(TrainerCallback):
-    """Warn once of each upload in the background that has failed, which transformers does not look at."""
+    """Warn once about each failed background upload, which transformers does not report."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -50,14 +50,14 @@ class ReportPushes(TrainerCallback):
 
 
 def ensure_branch(trainer: Trainer, revision: str | None, token: str | None = None) -> None:
-    """Create a branch of the trainer's repository if it does not exist; a reference is none."""
+    """Create a branch of the trainer's repository if it does not exist; revisions such as ``refs/pr/1`` are not."""
     if revision is not None and not revision.startswith("refs/") and trainer.is_world_process_zero():
         token = trainer.args.hub_token if token is None else token
         create_branch(trainer.hub_model_id, branch=revision, token=token, exist_ok=True)
 
 
 def copy_loading_files(checkpoint_folder: str, output_dir: str) -> None:
-    """Copy the files that loading a checkpoint needs beside configuration and weights to the folder that is pushed."""
+    """Copy the files that loading needs besides configuration and weights to the folder that is pushed."""
     for name in os.listdir(checkpoint_folder):
         if name.endswith(".py") or name == IMAGE_PROCESSOR_NAME:
             shutil.copy(os.path.join(checkpoint_folder, name), output_dir)

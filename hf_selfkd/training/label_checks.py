@@ -1,4 +1,4 @@
-"""Refuse labels that a model cannot learn from, with the index of the sample."""
+"""Reject labels that a model cannot learn from, with the index of the sample."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from ..tasks import Task
 
 
 class LabelCheck(NamedTuple):
-    """A check of the labels of a data set.
+    """A check of the labels of a dataset.
 
     Args:
         task: Task of the model.
@@ -24,7 +24,7 @@ class LabelCheck(NamedTuple):
         """Check the label of a sample, if it has one: the trainer reports which columns a batch needs.
 
         Raises:
-            ValueError: If the label is none that the task allows.
+            ValueError: If the task does not allow the label.
         """
         name = next((name for name in ("labels", "label") if name in sample), None)  # the stock collator takes either
         if name is not None:

@@ -23,7 +23,7 @@ class LossSums:
     """Sums over the steps since the last log entry, on this process.
 
     Args:
-        trainer: The trainer whose loss they are of.
+        trainer: The trainer whose loss is summed.
     """
 
     def __init__(self, trainer: Trainer):
@@ -57,7 +57,7 @@ class LossSums:
         return {"loss": self._trainer._tr_loss.clone(), "terms": dict(self._terms), "steps": self._steps}
 
     def skip_step(self, before: dict[str, Any]) -> None:
-        """Leave the current step out of all means: of the next log entry, and of the complete run.
+        """Exclude the current step from all means: that of the next log entry, and that of the complete run.
 
         Args:
             before: The snapshot at the beginning of the step.

@@ -27,12 +27,12 @@ class NonFiniteGuard(TrainerCallback):
             weights, the statistics of batch norm or the state of the optimizer.
 
     Raises:
-        ValueError: If ``max_skipped_batches`` is no such number.
+        ValueError: If ``max_skipped_batches`` is negative or not an integer.
     """
 
     def __init__(self, trainer: Trainer, max_skipped_batches: int):
         if type(max_skipped_batches) is not int or max_skipped_batches < 0:
-            raise ValueError(f"max_skipped_batches must be an integer from 0, but got {max_skipped_batches!r}.")
+            raise ValueError(f"max_skipped_batches must be an integer of at least 0, but got {max_skipped_batches!r}.")
         self.trainer = trainer
         self.max_skipped_batches = max_skipped_batches
         self.skipped = 0

@@ -9,7 +9,7 @@ _MIN_WIDTH = 6
 class ProgressTable(ProgressCallback):
     """Show one progress bar, and print a row per evaluation: epoch, training loss and the score of every exit.
 
-    It takes the place of the stock callback::
+    It replaces the stock callback::
 
         trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressTable())

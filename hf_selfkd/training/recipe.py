@@ -66,7 +66,7 @@ def milestone_scheduler(trainer: Trainer, num_training_steps: int, optimizer=Non
 
 
 def stream_epochs(trainer: Trainer, steps: int) -> float:
-    """Return the number of epochs of the training stream, whose length must be known, in so many steps."""
+    """Return the number of epochs of the training stream, whose length must be known, in ``steps`` steps."""
     return steps * trainer.get_total_train_batch_size(trainer.args) / len(trainer.train_dataset)
 
 
@@ -101,7 +101,7 @@ def mixed(trainer: Trainer, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 def decayed_parameters(model: nn.Module) -> list[str]:
     """List the parameters with weight decay by timm's convention.
 
-    Those with more than one dimension that are no biases, except the ones in the backbone's ``no_weight_decay()``.
+    Those with more than one dimension that are not biases, except the ones in the backbone's ``no_weight_decay()``.
     """
     backbone = multi_exit_model(model).backbone
     names = getattr(backbone, "no_weight_decay", set)()

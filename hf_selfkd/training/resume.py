@@ -1,4 +1,4 @@
-"""Everything that an exact continuation needs beside transformers' own checkpoint, and checks before it begins.
+"""State that an exact resume needs in addition to transformers' own checkpoint, and checks before it begins.
 
 A checkpoint also holds the scaffold, the averaged weights and the method's name; and of every process, in
 ``process_<i>.safetensors``, its statistics of batch norm and the sums that the next log entry reports.
@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..models.checkpoints import shorten
+from ..models.checkpoint_files import shorten
 from .checkpoints import (
     AVERAGE_NAME,
     SCAFFOLD_NAME,
@@ -79,7 +79,7 @@ def process_statistics(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
 
 
 def synchronise_batch_norm(trainer: Trainer) -> None:
-    """Give all processes the mean of their statistics of batch norm, in weights and averaged weights."""
+    """Average the batch-norm statistics of all processes, in the weights and the averaged weights."""
     average_batch_norm(trainer.network)
     if trainer.average is not None:
         average_batch_norm(trainer.average.module)
@@ -175,7 +175,7 @@ def check_checkpoint(folder: str, network: nn.Module, method: str) -> None:
     if missing or unexpected:
         raise ValueError(
             f"The checkpoint is one of another network: it lacks {shorten(missing)} and has {shorten(unexpected)} "
-            "beyond those of the model. Resume with the settings that wrote it."
+            "in addition. Resume with the settings that wrote it."
         )
 
 
@@ -194,7 +194,7 @@ def _saved_weights(folder: str) -> set[str] | None:
 
 @contextmanager
 def uncompiled(trainer: Trainer) -> Iterator[None]:
-    """Give the trainer the model inside a compiled one, while it saves or loads: its weights have the saved names."""
+    """Set the trainer's model to the one inside a compiled one while saving or loading, for the saved names."""
     with swapped(trainer, model=trainer.network) if is_compiled_module(trainer.model) else nullcontext():
         yield
 

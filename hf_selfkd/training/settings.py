@@ -1,4 +1,4 @@
-"""Settings of a run: checked, and copied where the trainer decides otherwise than the stock one."""
+"""Settings of a run: checked, and copied where this trainer differs from the stock one."""
 
 import copy
 import inspect
@@ -29,7 +29,9 @@ def check_settings(
     if args.fp16 and max_skipped_batches:
         raise ValueError("fp16 skips such batches itself. Leave max_skipped_batches at 0, or use bf16.")
     if args.batch_eval_metrics and not has_own_metrics:
-        raise ValueError("batch_eval_metrics needs your own compute_metrics. Leave it out: ours needs no logits.")
+        raise ValueError(
+            "batch_eval_metrics needs your own compute_metrics. Do not set it: the built-in metrics need no logits."
+        )
     known = list(inspect.signature(collect_facts).parameters)[2:]
     if unknown := sorted(card.keys() - set(known)):
         raise TypeError(f"card has the unknown keys {', '.join(unknown)}. It takes {', '.join(known)}.")
@@ -45,6 +47,8 @@ def own_arguments(args: TrainingArguments) -> TrainingArguments:
         args.ddp_find_unused_parameters = False  # every parameter gets a gradient in every step
     if args.ddp_broadcast_buffers is None:
         args.ddp_broadcast_buffers = False  # equal from the start; batch norm is averaged when it is needed
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False  # torch would warn that it cannot
     args.logging_nan_inf_filter = False  # would read the loss twice a batch; NonFiniteGuard reads it once a step
     args.enable_jit_checkpoint = False  # saves within a step, from where no run continues exactly; see SaveOnSigterm
     if args.hub_token is not None:
@@ -64,8 +68,8 @@ def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, 
         raise ValueError("No parameter is left to train: the backbone is frozen and the model has no exits.")
     if not task_of(network).takes_soft_labels and (args.label_smoothing_factor or has_mix):
         raise ValueError(
-            f"label_smoothing_factor and mix make probabilities of labels, which {network.task} does not take. Leave "
-            "them out."
+            f"label_smoothing_factor and mix make probabilities of labels, which {network.task} does not take. Do not "
+            "set them."
         )
     torch.manual_seed(args.seed)
     method.attach(network)
@@ -74,7 +78,7 @@ def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, 
 
 @contextmanager
 def swapped(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Give an object other attributes for a while."""
+    """Set attributes of an object temporarily."""
     kept = {name: getattr(owner, name) for name in attributes}
     try:
         for name, value in attributes.items():

@@ -63,7 +63,7 @@ class SaveOnSigterm(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Save again after the end of an epoch; do nothing more for one that is broken off."""
+        """Save again after the end of an epoch; do nothing more for one that was cut short."""
         if self.ends and ends_epoch(state):
             control.should_save = True
         elif self.ends:

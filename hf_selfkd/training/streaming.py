@@ -27,12 +27,12 @@ _LOADER_SETTINGS = (
 
 
 class SeededStream(IterableDataset):
-    """Samples from the rows of a streamed data set, drawn under random states of seed, epoch and row only.
+    """Samples from the rows of a streamed dataset, drawn under random states of seed, epoch and row only.
 
     In training every epoch is one pass in a new order: shards are shuffled and dealt to processes, within each to
     workers, and their rows are mixed in a buffer. Each row comes once, except for filling up: the last batch of a
-    worker is filled with that worker's first rows, and a process that is done early repeats its own images until all
-    are done. With fewer shards than processes every process reads all of them and keeps its share of the rows.
+    worker is filled with that worker's first rows, and a process that finishes early repeats its own images until all
+    have finished. With fewer shards than processes every process reads all of them and keeps its share of the rows.
 
     The order depends on the number of processes and workers; the random draws for a row do not.
 
@@ -116,7 +116,7 @@ class SeededStream(IterableDataset):
 
 
 class _CurrentRow(Dataset):
-    """The row that is being drawn, as a data set with this sample at every index."""
+    """The row that is being drawn, as a dataset with this sample at every index."""
 
     def __init__(self, transform: Callable[[dict[str, Any]], dict[str, Any]]):
         self.transform = transform
@@ -165,7 +165,9 @@ class StreamLoader:
             batch = next(own, None)
             is_own = is_own and batch is not None
             if not is_own and count == 0:
-                raise ValueError("A process got no row of the stream. Use fewer processes, or data in more shards.")
+                raise ValueError(
+                    "A process received no row of the stream. Use fewer processes, or data in more shards."
+                )
             if count % self.multiple == 0 and not on_any_process(is_own, group=self._group):
                 return
             if batch is None:
@@ -204,7 +206,7 @@ class StreamPosition(TrainerCallback, ExportableState):
     """Keeps the position in a stream in checkpoints, and measures epochs by the length of the stream.
 
     Attributes:
-        loader: Training loader of the stream; ``None`` if the training data is none.
+        loader: Training loader of the stream; ``None`` if the training data is not a stream.
         batches_per_epoch: Batches of one process in an epoch, ``None`` if the length is not known.
     """
 

@@ -41,39 +41,36 @@ class SelfDistillationTrainer(Trainer):
 
     Each term of the method is logged as ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and
     ``eval_accuracy`` of the final exit, ``eval_loss_exit_<i>`` and ``eval_accuracy_exit_<i>`` of every exit from 0,
-    first to last, and ``eval_accuracy_ensemble``, of the mean of all logits, with ``calibration_error`` beside every
-    accuracy; for segmentation ``mean_iou`` and ``pixel_accuracy``, without the pixels that are to be ignored.
+    first to last, and ``eval_accuracy_ensemble``, of the mean of all logits, each with a ``calibration_error``; for
+    segmentation ``mean_iou`` and ``pixel_accuracy`` over labelled pixels.
 
-    Every training sample is drawn under random states that depend on seed, epoch and index only: neither resuming nor
-    the number of workers changes the augmentation. ``pixel_values`` of ``uint8``, integers from 0 to 255, are
-    normalised on the device: they load four times as fast as floats. A loss, a term or a gradient that is not finite
-    stops all processes before the weights change.
+    Training samples are drawn under random states of seed, epoch and index only: neither resuming nor the number of
+    workers changes the augmentation. ``uint8`` images are normalised on the device. A loss, a term or a gradient that
+    is not finite stops all processes before the weights change.
 
     Args:
         model: A multi-exit model, or a module that wraps one; ``None`` if ``model_init`` builds it.
         args: The stock ``TrainingArguments``, which are copied.
         method: A method or the name of one.
-        lr_milestones: Epochs after which the learning rate is multiplied by ``lr_gamma``; not empty, it replaces
+        lr_milestones: Epochs after which the learning rate is multiplied by ``lr_gamma``, instead of
             ``lr_scheduler_type`` (warm-up stays).
         lr_gamma: Factor of the learning rate at each milestone.
-        decay_norms: Whether weight decay also acts on norms, biases and the parameters in timm's
-            ``no_weight_decay()``, as in the papers' recipes with SGD.
-        ema_decay: Decay of a moving average of the weights, in [0, 1); ``None`` for none. The averaged weights are
-            evaluated, and the model holds them after training.
+        decay_norms: Whether weight decay includes norms, biases and timm's ``no_weight_decay()``, as in the papers.
+        ema_decay: Decay of a moving average of the weights, in [0, 1), which is evaluated and kept; ``None`` for none.
         mix: Applied to ``(pixel_values, labels)`` of every training batch, on its device, such as torchvision's
             ``v2.MixUp``, under random states of seed, step and process; labels become probabilities.
-        card: Facts for the model card that the run cannot know, such as ``{"dataset": "cifar10"}``: arguments of
+        card: Facts for the model card that the run does not hold, such as ``{"dataset": "cifar10"}``: arguments of
             :func:`~hf_selfkd.model_card.facts.collect_facts`. ``save_model`` and ``push_to_hub`` write the card.
-        max_skipped_batches: Number of batches in the run that may be skipped because of numbers that are not finite.
-            Each counts as a step of the schedule and is logged as ``skipped_batches``.
+        max_skipped_batches: Number of batches with NaN or infinity that may be skipped; each counts as a step and is
+            logged as ``skipped_batches``.
         save_on_sigterm: Whether SIGTERM saves a checkpoint at the end of the step and ends the process with status
-            143. ``enable_jit_checkpoint`` switches it on too.
+            143. ``enable_jit_checkpoint`` enables it too.
         compute_metrics: As in ``Trainer``, and then it sees the logits of all exits; ``None`` for the metrics above.
         kwargs: Further arguments of ``Trainer``.
 
     Raises:
         ValueError: If the model cannot be trained with the method, or a setting contradicts another.
-        TypeError: If ``method`` is no method, or ``card`` has an unknown key.
+        TypeError: If ``method`` is not a method, or ``card`` has an unknown key.
     """
 
     loss_is_scaled_for_ga = False  # terms are means per micro-batch: Trainer divides by the accumulation steps
@@ -165,7 +162,7 @@ class SelfDistillationTrainer(Trainer):
         return loss, output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean of every term over steps and processes beside ``loss``."""
+        """Log ``loss`` together with the mean of every term over steps and processes."""
         if "loss" in logs:
             logs.update(self.sums.pop_means())
         super().log(logs, start_time)
@@ -284,7 +281,7 @@ class SelfDistillationTrainer(Trainer):
             self.create_model_card(folder=output_dir)
 
     def create_model_card(self, *, folder: str | None = None, **facts) -> None:
-        """Write the model card into a folder, ``output_dir`` by default, with facts beside those in ``card``."""
+        """Write the model card into a folder, ``output_dir`` by default, with further facts than those in ``card``."""
         folder = folder or self.args.output_dir
         if self.is_world_process_zero():
             write_model_card(self.network, folder, collect_facts(self, folder, **(self.card | facts)))
@@ -292,10 +289,7 @@ class SelfDistillationTrainer(Trainer):
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **facts
     ):
-        """Save the model, write its card and upload both, see ``Trainer``; a branch that does not exist is created.
-
-        The model is saved in ``output_dir`` before anything is sent, so that a failed upload can be repeated.
-        """
+        """Save the model and its card in ``output_dir``, then upload both; a branch that does not exist is created."""
         if not self.args.push_to_hub:
             self.save_model(_internal_call=True)  # the repository is yet to be created, and that may fail
         if self.hub_model_id is None:

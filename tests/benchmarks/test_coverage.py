@@ -6,8 +6,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-# Families in which something of the size of the batch is computed before a stage ends: parallel paths that meet behind
-# it, or the batch size itself. Early exit then runs the complete batch to the end.
+# Families in which something of the size of the batch is computed before a stage ends and read after it: a parallel
+# path, or the batch size itself. Early exit then runs the complete batch to the end.
 NOT_CUTS = {
     "coat",
     "efficientvim",

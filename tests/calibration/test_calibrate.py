@@ -262,7 +262,7 @@ def test_bad_logits():
         calibrate(torch.randn(1, 20, 5), torch.zeros(20).long(), [1.0], target_cost=1.0)
     broken = torch.randn(2, 20, 5)
     broken[1, 3] = math.nan
-    with pytest.raises(ValueError, match="exit_logits of exit 1 hold NaN"):
+    with pytest.raises(ValueError, match="exit_logits of exit 1 contain NaN"):
         calibrate(broken, torch.zeros(20).long(), [0.5, 1.0], target_cost=1.0)
     with pytest.raises(ValueError, match="needs three images or more, but got 2"):
         calibrate(torch.randn(2, 2, 5), torch.zeros(2).long(), [0.5, 1.0], target_cost=1.0)
@@ -294,9 +294,9 @@ def memory_to_calibrate(num_images, classes):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process as Linux reports it")
-def test_the_size_of_imagenet_needs_little_memory_beside_the_logits():
+def test_the_size_of_imagenet_needs_little_memory_in_addition_to_the_logits():
     """50,000 images, 4 exits, 1,000 classes: 800 MB of logits, of which a few rows are copied at a time."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # the peak of this process may lie behind it
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # the peak of this process may be in the past
         needed, slack = pool.apply(memory_to_calibrate, (50_000, 1000))
     assert slack < 50  # else calibration could take memory without a new peak
     assert needed < 100

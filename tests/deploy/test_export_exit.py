@@ -15,7 +15,7 @@ def exit_logits(model, images, exit):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_static_exit_answers_alike_and_holds_nothing_deeper(build, name):
+def test_a_static_exit_has_the_same_logits_and_no_later_layers(build, name):
     model, images = build(name).eval(), torch.randn(3, 3, 32, 32)
     for exit in range(model.num_exits):
         static = StaticExit(model, exit)

@@ -68,7 +68,7 @@ def test_latencies_grow_with_depth(build):
     assert len(latencies) == 4 and 0 < latencies[0] and latencies == sorted(latencies)
 
 
-def test_throughput_beside_the_count(build):
+def test_throughput_and_the_counted_speed_up(build):
     model, costs = build().eval(), [0.1, 0.3, 0.6, 1.0]
     policy = ExitPolicy(thresholds=[0.0, 2.0, 2.0])
     found = measure_throughput(model, torch.randn(4, 3, 32, 32), policy, costs, repeats=3)

@@ -45,7 +45,7 @@ def test_batches_and_single_images_add_up(metric, predictions, expected, tmp_pat
     for image, label in zip(logits, labels, strict=True):
         in_memory.add(prediction=torch.tensor(image), reference=int(label))
     assert in_memory.compute() == pytest.approx(expected)
-    assert in_memory.compute(predictions=logits, references=labels) == pytest.approx(expected)  # it starts anew
+    assert in_memory.compute(predictions=logits, references=labels) == pytest.approx(expected)  # it starts again
 
 
 class Confidence(evaluate.Metric):

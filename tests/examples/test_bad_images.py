@@ -87,7 +87,7 @@ def test_bad_training_images_are_left_out_counted_and_listed(folder, capsys, wor
     assert "--skip_bad_images: left out 2 of 6 training images:\n  row 1: 1.png is not a readable image (" in printed
     assert "\n  row 3: 3.png is not a readable image (" in printed
     assert images["train"]["label"][:] == [0, 0, 0, 1]
-    assert len(images["test"]) == 3  # evaluation leaves out none
+    assert len(images["test"]) == 3  # evaluation skips none
     with pytest.raises(ValueError, match="^1.png is not a readable image"):
         data.LabelledImages(images["test"], lambda image: image)[1]
 

@@ -1,4 +1,4 @@
-"""The segmentation example on a small data set that it reads from disk."""
+"""The segmentation example on a small dataset that it reads from disk."""
 
 import json
 import subprocess

@@ -20,7 +20,7 @@ def hooked(backbone):
 
 
 class Misnamed(nn.Module):
-    """A network whose feature_info names no module, as one that somebody registers with timm may."""
+    """A network whose feature_info names no module, as a model that a user registers with timm may."""
 
     def __init__(self, num_classes=5):
         super().__init__()

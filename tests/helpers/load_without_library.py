@@ -44,12 +44,14 @@ with torch.no_grad():
     results["exit_logits"] = model(images, output_hidden_states=True).exit_logits
 processor = AutoImageProcessor.from_pretrained(classifier)
 results["pixel_values"] = processor(Image.open(photo).convert("RGB"))["pixel_values"]
-results["answers"] = pipeline("image-classification", model=classifier, trust_remote_code=True)(photo, top_k=5)
+results["predictions"] = pipeline("image-classification", model=classifier, trust_remote_code=True)(photo, top_k=5)
 model.save_pretrained(folder / "copy")
 
 maps = AutoModelForSemanticSegmentation.from_pretrained(segmenter, trust_remote_code=True).eval()
 with torch.no_grad():
     results["maps"] = maps(images).logits
-answers = pipeline("image-segmentation", model=segmenter, trust_remote_code=True)(photo)
-results["masks"] = {answer["label"]: torch.tensor(list(answer["mask"].getdata())) for answer in answers}
+predictions = pipeline("image-segmentation", model=segmenter, trust_remote_code=True)(photo)
+results["masks"] = {
+    prediction["label"]: torch.tensor(list(prediction["mask"].getdata())) for prediction in predictions
+}
 torch.save(results, folder / "results.pt")

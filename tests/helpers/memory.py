@@ -8,7 +8,7 @@ import psutil
 
 @contextmanager
 def memory_limit(num_bytes):
-    """Let allocations fail that go more than ``num_bytes`` beyond what the process has now; Linux only.
+    """Make allocations fail that exceed the current size of the process by ``num_bytes``; Linux only.
 
     A high-water mark such as ``ru_maxrss`` would not do: after an earlier, higher peak it stays as it is.
     """

@@ -39,10 +39,10 @@ def soft_cross_entropy(logits, target, temperature):
 def test_unofficial_repository(exits_of_vectors, vector):
     output, labels = exits_of_vectors
     _, expected = vector("byot.total.unofficial_repo")
-    *shallow, deepest = output.exit_logits
+    *early, final = output.exit_logits
     *features, target = output.exit_features
     value = 0.9 * add(cross_entropy(logits, labels) for logits in output.exit_logits)
-    value += 0.1 * 9 * add(soft_cross_entropy(logits, deepest, 3) for logits in shallow)
+    value += 0.1 * 9 * add(soft_cross_entropy(logits, final, 3) for logits in early)
     value += 1e-6 * add(mse(feature, target) * target.numel() for feature in features)
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
@@ -50,10 +50,10 @@ def test_unofficial_repository(exits_of_vectors, vector):
 def test_author_repository(exits_of_vectors, vector):
     output, labels = exits_of_vectors
     _, expected = vector("byot.total.author_repo")
-    *shallow, deepest = output.exit_logits
+    *early, final = output.exit_logits
     *features, target = output.exit_features
-    value = cross_entropy(deepest, labels)
-    value += add(0.7 * cross_entropy(z, labels) + 0.3 * soft_cross_entropy(z, deepest, 3) for z in shallow)
+    value = cross_entropy(final, labels)
+    value += add(0.7 * cross_entropy(z, labels) + 0.3 * soft_cross_entropy(z, final, 3) for z in early)
     value += 0.03 * add((feature - target).norm() for feature in features[:2])
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
 
@@ -74,13 +74,13 @@ def test_hint_mask_of_the_unofficial_repository(vector):
     assert (F.mse_loss(inputs["student"], inputs["target"], reduction="none") * kept).sum() == expected
 
 
-def test_deepest_exit_learns_from_the_labels_alone(exits_of_vectors, vector):
+def test_final_exit_learns_from_the_labels_alone(exits_of_vectors, vector):
     output, labels = exits_of_vectors
     _, expected = vector("byot.grad_deepest_logits")
     _, no_gradient = vector("byot.grad_deepest_features_from_hint")
-    deepest, feature = (t[-1].requires_grad_() for t in (output.exit_logits, output.exit_features))
+    final, feature = (t[-1].requires_grad_() for t in (output.exit_logits, output.exit_features))
     gradients = torch.autograd.grad(
-        total(get_method("byot"), output, labels), (deepest, feature), allow_unused=True, materialize_grads=True
+        total(get_method("byot"), output, labels), (final, feature), allow_unused=True, materialize_grads=True
     )
     torch.testing.assert_close(gradients[0], expected, atol=1e-5, rtol=0)
     assert gradients[1].abs().sum() == no_gradient
@@ -132,9 +132,9 @@ def test_values_out_of_range(value, words):
     assert str(error.value) == words
 
 
-def test_kl_of_a_shallow_exit_weighs_alpha(exits_of_vectors):
+def test_kl_of_an_early_exit_weighs_alpha(exits_of_vectors):
     output, labels = exits_of_vectors
-    *shallow, deepest = output.exit_logits
-    expected = 0.5 * sum(soften_kl(logits, deepest, 2.0).item() for logits in shallow)
+    *early, final = output.exit_logits
+    expected = 0.5 * sum(soften_kl(logits, final, 2.0).item() for logits in early)
     terms = get_method("byot", alpha=0.5, temperature=2.0)(output, labels, 0.0)
     assert terms["logit"].item() == pytest.approx(expected, rel=1e-6)

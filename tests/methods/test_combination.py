@@ -39,7 +39,7 @@ def test_three_methods(exits_of_vectors):
     assert list(terms) == ["byot/label", "byot/logit", "byot/hint", "kd/logit"]
 
 
-def test_is_a_method_that_no_list_names(build):
+def test_is_a_method_that_is_not_listed(build):
     network = timm.create_model("test_resnet", num_classes=5)
     method = get_method("eed+lsh", eed={"output_loss": "kl"}, lsh={"teacher": network, "bias": "zero"})
     assert isinstance(method, Method) and method.name == "eed+lsh"
@@ -61,7 +61,7 @@ def test_is_a_method_that_no_list_names(build):
         ("kd+lsh", {"lsh": {"teacher": "resnet18"}}, False, 1),
     ],
 )
-def test_demands_of_the_parts(build, name, settings, detach_exits, min_exits):
+def test_requirements_of_the_parts(build, name, settings, detach_exits, min_exits):
     method = get_method(name, **settings)
     assert (method.detach_exits, method.min_exits) == (detach_exits, min_exits)
     method.check(build())
@@ -98,7 +98,7 @@ def test_maps_are_returned_if_one_method_reads_them():
     assert not Combination(methods=(byot, get_method("eed"))).reads_maps
 
 
-def test_scaffolds_stand_beside_each_other(build, batch):
+def test_scaffolds_are_kept_apart(build, batch):
     model, network = build().train(), timm.create_model("test_resnet", num_classes=5)
     assert get_method("byot+eed").scaffold(model) is None
     method = get_method("eed+lsh+kd", kd={"teacher": network})

@@ -48,7 +48,7 @@ def test_soft_cross_entropy_variant_of_the_authors(exits_of_vectors, vector):
     assert (add(terms.values()) + soft).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_ablation_with_the_deepest_exit_as_teacher(exits_of_vectors, vector):
+def test_ablation_with_the_final_exit_as_teacher(exits_of_vectors, vector):
     output, labels = exits_of_vectors
     _, expected = vector("eed.total.teacher_is_final_exit")
     value = add(cross_entropy(z, labels) for z in output.exit_logits)
@@ -79,7 +79,7 @@ def test_their_method_as_the_follow_up_has_it(exits_of_vectors, vector):
     assert total(method, *exits_of_vectors).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_the_deepest_exit_is_a_student_and_the_target_detached(exits_of_vectors, vector):
+def test_the_final_exit_is_a_student_and_the_target_detached(exits_of_vectors, vector):
     output, labels = exits_of_vectors
     logits, features = (t[-1].requires_grad_() for t in (output.exit_logits, output.exit_features))
     total(get_method("eed"), output, labels).backward()

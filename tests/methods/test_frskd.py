@@ -91,7 +91,7 @@ def test_gradients_of_the_vectors(vector, of):
     assert_close(logits.grad, expected, atol=1e-5, rtol=0)
 
 
-# Who teaches whom
+# Gradients of teacher and student
 
 
 def test_distillation_never_updates_the_self_teacher(build_with_teacher, batch):
@@ -169,7 +169,7 @@ def test_stages_of_hierarchical_backbones(build_with_teacher, config, stages):
     assert model.scaffold.stages == stages
 
 
-def test_reads_the_maps_of_the_model(build_with_teacher, batch):
+def test_reads_the_feature_maps_of_the_model(build_with_teacher, batch):
     model, _ = build_with_teacher(**SWIN)
     output = model(batch["pixel_values"])
     maps = model.backbone.forward_intermediates(batch["pixel_values"], intermediates_only=True)
@@ -212,7 +212,7 @@ def test_terms_of_segmentation_are_those_of_the_paper(dense):
     assert_close(terms["attention"], 50 * attention)
 
 
-def test_void_is_left_out_of_the_soft_labels(dense):
+def test_ignored_pixels_are_excluded_from_the_soft_labels(dense):
     model, images, labels = dense
     output = model(images)
     terms = get_method("frskd")(output, labels, 59.0)

@@ -28,8 +28,8 @@ def plain_kd(exit_logits, teacher_logits, labels, alpha, temperature):
 
     label = logit = 0.0
     for logits in exit_logits.tolist():
-        for row, target, answer in zip(logits, teacher_logits.tolist(), labels.tolist(), strict=True):
-            label -= math.log(softmax(row)[answer]) / len(logits)
+        for row, target, label_index in zip(logits, teacher_logits.tolist(), labels.tolist(), strict=True):
+            label -= math.log(softmax(row)[label_index]) / len(logits)
             student, soft = softmax(row, temperature), softmax(target, temperature)
             logit += sum(p * math.log(p / q) for p, q in zip(soft, student, strict=True)) / len(logits)
     return (1 - alpha) * label, alpha * temperature**2 * logit

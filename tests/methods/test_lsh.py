@@ -145,7 +145,7 @@ def test_float32_under_autocast():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and loss.dtype == torch.float32
 
 
-def test_right_answers():
+def test_correct_predictions():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     assert is_correct(logits, torch.tensor([0, 0, -100, 0])).tolist() == [True, False, False, True]
     tie, nothing = [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]
@@ -168,7 +168,7 @@ def test_errors_per_sample_and_masked_mean():
 # The self form
 
 
-def test_without_a_teacher_shallow_exits_mimic_the_deepest(exits_of_vectors):
+def test_without_a_teacher_early_exits_mimic_the_final_exit(exits_of_vectors):
     output, labels = exits_of_vectors
     weight = torch.randn(6, 4)
     for tensor in (*output.exit_features, *output.exit_logits):
@@ -176,15 +176,15 @@ def test_without_a_teacher_shallow_exits_mimic_the_deepest(exits_of_vectors):
     *students, target = [hash_projection(features, weight, torch.zeros(6)) for features in output.exit_features]
     output.scaffold = {"student_projections": tuple(students), "teacher_projection": target}
     terms = get_method("lsh", mimic_weight=2.0)(output, labels, 0.0)
-    *shallow, deep = output.exit_features
+    *early, final = output.exit_features
     bits = (target > 0).float()
     bce = torch.nn.functional.binary_cross_entropy_with_logits
-    torch.testing.assert_close(terms["feature"], 2 * sum((features - deep).pow(2).mean() for features in shallow))
+    torch.testing.assert_close(terms["feature"], 2 * sum((features - final).pow(2).mean() for features in early))
     torch.testing.assert_close(terms["hash"], 2 * sum(bce(projection, bits) for projection in students))
     cross_entropy = torch.nn.functional.cross_entropy
     torch.testing.assert_close(terms["label"], sum(cross_entropy(logits, labels) for logits in output.exit_logits))
     (terms["feature"] + terms["hash"]).backward()
-    assert deep.grad is None and all(features.grad.abs().sum() > 0 for features in shallow)
+    assert final.grad is None and all(features.grad.abs().sum() > 0 for features in early)
 
 
 def test_form_follows_the_teacher(build):
@@ -392,7 +392,7 @@ def test_errors(build, exits_of_vectors):
         get_method("lsh", hash_std=0)
     with pytest.raises(ValueError, match="LSH needs bias 'median' or 'zero', but got bias='mean'"):
         get_method("lsh", bias="mean")
-    with pytest.raises(ValueError, match="LSH needs a teacher for bias='median'.*Give a teacher, or bias='zero'"):
+    with pytest.raises(ValueError, match="LSH needs a teacher for bias='median'.*Pass a teacher, or bias='zero'"):
         get_method("lsh", bias="median")
     with pytest.raises(ValueError, match="LSH was called without its hash layer. Train with SelfDistillationTrainer"):
         get_method("lsh")(*exits_of_vectors, 0.0)

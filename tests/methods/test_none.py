@@ -5,7 +5,7 @@ from hf_selfkd.functional import cross_entropy
 from tests.helpers.runs import same_weights
 
 
-def test_it_is_the_label_loss_of_the_deepest_exit(exits_of_vectors, vector):
+def test_it_is_the_label_loss_of_the_final_exit(exits_of_vectors, vector):
     output, labels = exits_of_vectors
     _, expected = vector("common.ce_per_exit")
     terms = get_method("none")(output, labels, 0.0)

@@ -25,7 +25,7 @@ def close(value, expected):
 
 
 def with_students(student_logits, ensemble_logits, overlap=0.0):
-    """Return what a model answers whose scaffold computed this."""
+    """Return the output of a model whose scaffold computed this."""
     scaffold = {
         "branch_logits": tuple(student_logits[1:]),
         "ensemble_logits": ensemble_logits,
@@ -168,7 +168,7 @@ def test_total(vector, name):
 def test_fusion_gate(vector):
     inputs, expected = vector("okdmde.ffm_gate")
     fusion = FeatureFusion(width=2, num_students=2)
-    fusion.norm = torch.nn.Identity()  # the vector leaves it out
+    fusion.norm = torch.nn.Identity()  # the vector omits it
     for module, number in [(fusion.squeeze, 1), (fusion.gate, 2)]:
         module.weight.data, module.bias.data = inputs[f"W{number}"], inputs[f"b{number}"]
     features = inputs["pooled_features_BxMxC"]
@@ -186,7 +186,7 @@ def test_disagreement(vector):
     close(metrics["disagreement"], expected["mean"])
 
 
-# What is easily got wrong
+# Easy mistakes
 
 
 def test_students_differ_from_the_start(trained, batch):
@@ -280,13 +280,13 @@ def test_any_branch_is_a_plain_model(trained, train, images, batch, tmp_path, ba
     pixel_values = batch["pixel_values"]
     with torch.no_grad():
         output = model(pixel_values, output_hidden_states=True)
-        answers = (output.logits, *model.scaffold(pixel_values, output)["branch_logits"])
+        logits_of_students = (output.logits, *model.scaffold(pixel_values, output)["branch_logits"])
         for student in range(3):
             branch = model.scaffold.to_model(model, student)
-            assert torch.equal(branch(pixel_values).logits, answers[student])
+            assert torch.equal(branch(pixel_values).logits, logits_of_students[student])
             branch.save_pretrained(tmp_path / f"{student}")
             loaded = MultiExitForImageClassification.from_pretrained(tmp_path / f"{student}")
-            torch.testing.assert_close(loaded(pixel_values).logits, answers[student], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(loaded(pixel_values).logits, logits_of_students[student], atol=1e-5, rtol=1e-5)
             assert sum(p.numel() for p in loaded.parameters()) == sum(
                 p.numel() for name, p in model.named_parameters() if not name.startswith("scaffold")
             )
@@ -316,7 +316,7 @@ def test_a_policy_does_not_move_to_another_branch(trained):
     assert model.config.exit_policy == {"criterion": "confidence"}
 
 
-def test_exits_behind_the_branching_point_keep_a_branch_from_standing_alone(trained):
+def test_exits_after_the_branching_point_rule_out_a_branch_by_itself(trained):
     method, model = trained("test_vit", exits=[1, 4])
     with pytest.raises(ValueError, match=r"Branches begin after stage 3, but the model has exits at \[1, 4\]. Build"):
         model.scaffold.to_model(model, 1)
@@ -328,18 +328,18 @@ def test_unknown_branch(trained):
         model.scaffold.to_model(model, 3)
 
 
-# Networks that are no chain
+# Networks that are not sequential
 
 
 @pytest.fixture
-def no_chain(monkeypatch):
+def not_sequential(monkeypatch):
     def refuse(self, stage=None):
         raise ValueError("The layers after stage 3 of this Net cannot be copied: the network is not sequential there.")
 
     monkeypatch.setattr(MultiExitForImageClassification, "copy_tail", refuse)
 
 
-def test_exits_are_the_students_where_the_last_stage_cannot_be_copied(no_chain, trained, batch, caplog):
+def test_exits_are_the_students_where_the_last_stage_cannot_be_copied(not_sequential, trained, batch, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_selfkd"):
         method, model = trained()
     assert "OKDMDE uses the 4 exits as students instead." in caplog.text
@@ -354,13 +354,13 @@ def test_exits_are_the_students_where_the_last_stage_cannot_be_copied(no_chain, 
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_exits_that_are_students_are_not_detached(no_chain, build, train):
+def test_exits_that_are_students_are_not_detached(not_sequential, build, train):
     trainer = train(build(), "okd_mde", max_steps=1)
     assert not trainer.model.detach_exits
     assert "loss/exits" not in trainer.state.log_history[0]
 
 
-def test_without_exits_there_are_no_students_left(no_chain, build):
+def test_without_exits_there_are_no_students_left(not_sequential, build):
     with pytest.raises(ValueError, match="OKDMDE could use exits as students, but the model has none"):
         get_method("okd_mde").scaffold(build(exits=[]))
 
@@ -368,7 +368,7 @@ def test_without_exits_there_are_no_students_left(no_chain, build):
 # Training, errors
 
 
-def test_training_logs_the_disagreement_beside_the_terms(build, train):
+def test_training_logs_the_disagreement_with_the_terms(build, train):
     log = train(build(), "okd_mde", max_steps=1).state.log_history[0]
     terms = [value for name, value in log.items() if name.startswith("loss/")]
     assert sum(terms) == pytest.approx(log["loss"], abs=1e-4)
@@ -383,10 +383,12 @@ def test_in_a_combination_every_student_still_learns_from_the_labels(build, trai
 
 
 def test_students_are_resumed(build, train, tmp_path):
-    whole = train(build(), "okd_mde", num_train_epochs=2, save_strategy="epoch", output_dir=str(tmp_path / "whole"))
-    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    uninterrupted = train(
+        build(), "okd_mde", num_train_epochs=2, save_strategy="epoch", output_dir=str(tmp_path / "uninterrupted")
+    )
+    checkpoint = str(tmp_path / "uninterrupted" / "checkpoint-4")
     resumed = train(build(), "okd_mde", num_train_epochs=2, resume=checkpoint, output_dir=str(tmp_path / "resumed"))
-    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    ours, theirs = resumed.model.state_dict(), uninterrupted.model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

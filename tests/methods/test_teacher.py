@@ -52,7 +52,7 @@ def conv_classifier():
         (lambda: ViTForImageClassification(ViTConfig(**TINY_VIT)), 16),
     ],
 )
-def test_answers_like_the_network_with_what_enters_its_classifier(build, batch, create, width):
+def test_returns_the_logits_of_the_network_and_the_inputs_of_its_classifier(build, batch, create, width):
     network = create().train()
     teacher = Teacher(network, build(), with_features=True)
     predicted = teacher.predict(batch["pixel_values"])
@@ -64,7 +64,7 @@ def test_answers_like_the_network_with_what_enters_its_classifier(build, batch, 
     torch.testing.assert_close(predicted["teacher_features"] @ weight.flatten(1).T + bias, logits)
 
 
-def test_of_a_multi_exit_model_the_deepest_exit_teaches(build, batch):
+def test_the_final_exit_of_a_multi_exit_model_teaches(build, batch):
     network = build(exit_width=24, ensemble=True).eval()
     predicted = Teacher(network, build(), with_features=True).predict(batch["pixel_values"])
     output = network(batch["pixel_values"])
@@ -104,7 +104,7 @@ def test_works_in_the_precision_of_the_run(build, batch):
     assert teacher.predict(batch["pixel_values"].bfloat16())["teacher_logits"].dtype == torch.float32
 
 
-def test_copies_and_pickles_and_listens_once_per_network(build, batch):
+def test_copies_and_pickles_and_hooks_each_network_once(build, batch):
     model, network = build(), resnet()
     first, second = (Teacher(network, model, with_features=True) for _ in range(2))
     assert len(network.get_classifier()._forward_pre_hooks) == 1
@@ -152,9 +152,9 @@ def test_errors_say_what_to_do(build):
         Teacher("resnet5", model)
     with pytest.raises(TypeError, match="teacher must be a timm model, .* or the name of one, but got Linear"):
         Teacher(torch.nn.Linear(2, 5), model)
-    with pytest.raises(ValueError, match="The teacher has 7 classes, but the model has 5. Give a teacher"):
+    with pytest.raises(ValueError, match="The teacher has 7 classes, but the model has 5. Choose a teacher"):
         Teacher(timm.create_model("test_resnet", num_classes=7), model)
-    with pytest.raises(ValueError, match="shares weights with the model in training. Give a copy"):
+    with pytest.raises(ValueError, match="shares weights with the model in training. Pass a copy"):
         Teacher(model.backbone, model)
     assert all(parameter.requires_grad for parameter in model.parameters())
     teacher = Teacher(resnet(), model)

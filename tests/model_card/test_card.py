@@ -149,7 +149,7 @@ def test_no_path_of_this_machine_is_published(run):
 
 
 def run_snippet(card: ModelCard, checkpoint: str, folder: Path) -> str:
-    """Run the card's Python where this library is not installed, beside the checkpoint and a photo."""
+    """Run the card's Python where this library is not installed, next to the checkpoint and a photo."""
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     Image.effect_noise((64, 64), 100).save(folder / "photo.png")
     (folder / Path(checkpoint).name).symlink_to(checkpoint)
@@ -321,16 +321,16 @@ def early_exit_section(model, folder, **facts) -> str:
     return sections_of((folder / "README.md").read_text())["Early exit"]
 
 
-def calibrated(**demand):
+def calibrated(**constraint):
     """Return a policy of four exits, calibrated on the logits of 1,200 images."""
     labels = torch.arange(1200) % 5
     logits = torch.stack([torch.randn(1200, 5) + k * torch.eye(5)[labels] for k in (1.5, 2.0, 3.0, 4.0)])
-    reference = None if demand.pop("unlabelled", False) else labels
-    return calibrate(logits, reference, [1.0, 2.0, 3.0, 4.0], **demand)
+    reference = None if constraint.pop("unlabelled", False) else labels
+    return calibrate(logits, reference, [1.0, 2.0, 3.0, 4.0], **constraint)
 
 
 @pytest.mark.parametrize(
-    ("demand", "figures", "has_guarantee"),
+    ("constraint", "figures", "has_guarantee"),
     [
         ({"target_cost": 0.6}, ["0.6 of the full cost"], False),
         ({"max_accuracy_drop": 0.01}, ["at most 1 percentage point of accuracy"], False),
@@ -339,8 +339,8 @@ def calibrated(**demand):
     ],
     ids=["cost", "drop", "risk", "unlabelled"],
 )
-def test_a_policy_comes_with_its_calibration(build, tmp_path, demand, figures, has_guarantee):
-    model, policy = build(), calibrated(**demand)
+def test_a_policy_comes_with_its_calibration(build, tmp_path, constraint, figures, has_guarantee):
+    model, policy = build(), calibrated(**constraint)
     model.config.exit_policy = policy.to_dict()
     text = early_exit_section(model, tmp_path)
     record = policy.calibration
@@ -348,7 +348,7 @@ def test_a_policy_comes_with_its_calibration(build, tmp_path, demand, figures, h
     assert ("Guarantee" in text) == has_guarantee
     assert round(100 * record["expected_accuracy"], 2) in percents_of(text)
     assert f"{record['expected_cost']:.3f} of the full cost" in text
-    assert ("agreement with the final exit" in text) == ("unlabelled" in demand)
+    assert ("agreement with the final exit" in text) == ("unlabelled" in constraint)
     rows = table_of(text, "exit")
     assert [float(row["temperature"]) for row in rows] == pytest.approx(list(policy.temperatures), rel=1e-3)
     assert [float(row["threshold"]) for row in rows[:3]] == pytest.approx(list(policy.thresholds), rel=1e-3)

@@ -75,7 +75,7 @@ def test_the_metadata_is_valid_on_the_hub(folder):
         assert result.metric_value == pytest.approx(facts.metrics[f"eval_accuracy_{name}"], abs=5e-5)
 
 
-def test_pictures_lie_beside_the_card_and_no_others(folder):
+def test_pictures_are_next_to_the_card_and_no_others(folder):
     shown = re.findall(r"!\[.+?\]\((.+?)\)", (folder / "README.md").read_text())
     assert sorted(path.name for path in folder.glob("*.png")) == sorted(shown) and len(shown) == 2
     for picture in shown:

@@ -97,7 +97,7 @@ def test_an_edited_card_is_left_as_it_is(checkpoint):
     assert path.read_text() == new
 
 
-def test_writing_anew_spares_an_edited_card_too(build, checkpoint):
+def test_writing_again_keeps_an_edited_card_too(build, checkpoint):
     path = checkpoint / "README.md"
     path.write_text(path.read_text() + "By hand.\n")
     with pytest.warns(UserWarning, match="README.new.md"):

@@ -92,7 +92,7 @@ def test_a_copy_trains_the_trunk_and_nothing_behind_it(build, backbone):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "stage", "behind"),
+    ("backbone", "stage", "after"),
     [
         ("test_resnet", 3, ["fc", "layer4"]),
         ("test_resnet", 4, ["fc"]),
@@ -102,15 +102,15 @@ def test_a_copy_trains_the_trunk_and_nothing_behind_it(build, backbone):
         ("test_convnext", 2, ["head", "stages.3"]),
     ],
 )
-def test_what_lies_behind_a_stage(build, backbone, stage, behind):
+def test_layers_after_a_stage(build, backbone, stage, after):
     model = build(backbone, **BACKBONES[backbone])
     names = [name for name, _ in model.copy_tail(stage).backbone.named_parameters()]
-    expected = [name for name, _ in model.backbone.named_parameters() if name.startswith(tuple(behind))]
+    expected = [name for name, _ in model.backbone.named_parameters() if name.startswith(tuple(after))]
     assert names == expected
 
 
 @pytest.mark.parametrize(("backbone", "stage"), [("test_resnet", 3), ("test_vit", 3), ("test_convnext", 2)])
-def test_the_default_stage_is_that_of_the_deepest_default_exit(build, backbone, stage):
+def test_the_default_stage_is_that_of_the_last_default_exit(build, backbone, stage):
     model = build(backbone, **BACKBONES[backbone], exits=[0])
     assert model.copy_tail().stage == stage
 

@@ -58,7 +58,7 @@ def unlike_images(count=12):
 
 
 def spread_policy(exit_logits, criterion="confidence"):
-    """Return a policy by which images leave at every exit: the surer half of those which come."""
+    """Return a policy by which images exit at every exit: the more confident half of those that remain."""
     thresholds, history, stay = [], None, torch.ones(len(exit_logits[0]), dtype=torch.bool)
     open_policy = ExitPolicy(criterion=criterion, thresholds=[0.0] * (len(exit_logits) - 1))
     for exit, logits in enumerate(exit_logits[:-1]):
@@ -85,7 +85,7 @@ def test_early_exit_equals_running_all_exits_and_choosing(name, criterion):
     policy = spread_policy(exit_logits, criterion)
     exit_index, logits = policy.decide(exit_logits)
     if criterion != "patience":
-        assert len(set(exit_index.tolist())) == model.num_exits  # somebody leaves at every exit
+        assert len(set(exit_index.tolist())) == model.num_exits  # images exit at every exit
     confidence = torch.stack([policy.score(exit, logits)[1] for exit, logits in enumerate(exit_logits)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -137,7 +137,7 @@ def test_a_batch_runs_in_parts_up_to_the_first_exit_and_together_behind_it():
             lambda module, args, seen=seen: seen.append(len(args[0]))
         )
     part = len(images) // 2
-    # Nobody can leave at exit 0, so the first that is asked is exit 1, at the end of stage 2.
+    # No image can exit at exit 0, so the first head that runs is that of exit 1, at the end of stage 2.
     model.early_exit(images, ExitPolicy(thresholds=[2.0, 0.99, 2.0]))
     assert rows[1] == rows[2] == [part, part, 1] and rows[3] == [len(images)]
     for seen in rows.values():
@@ -146,7 +146,7 @@ def test_a_batch_runs_in_parts_up_to_the_first_exit_and_together_behind_it():
     assert rows[0] == rows[3] == [len(images)]  # with no exit to ask there is nothing to wait at
 
 
-def test_heads_at_which_nobody_can_leave_are_not_computed():
+def test_heads_at_which_no_image_can_exit_are_not_computed():
     model, images = create(), unlike_images()
     calls = []
     for exit, head in enumerate(model.exits):
@@ -201,7 +201,7 @@ def test_in_bfloat16():
     model, images = create().to(torch.bfloat16), unlike_images().to(torch.bfloat16)
     policy = spread_policy(all_exits(model, images))
     output = model.early_exit(images, policy)
-    assert model.shrinks_batch is True  # rounding is not taken for other answers
+    assert model.shrinks_batch is True  # rounding is not mistaken for a change of the outputs
     assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
 
 
@@ -412,11 +412,11 @@ def test_in_a_pipeline(tmp_path):
     plain = pipeline("image-classification", model=str(tmp_path))
     keeps = pipeline("image-classification", model=str(tmp_path), pipeline_class=EarlyExitPipeline)
     for options in ({}, {"batch_size": 2}):
-        answers, expected = keeps(images, top_k=2, **options), plain(images, top_k=2, **options)
-        assert [[answer.pop("exit_index") for answer in image] for image in answers] == [[1, 1]] * 3
-        assert answers == expected
+        predictions, expected = keeps(images, top_k=2, **options), plain(images, top_k=2, **options)
+        assert [[prediction.pop("exit_index") for prediction in image] for image in predictions] == [[1, 1]] * 3
+        assert predictions == expected
     keeps.model.config.early_exit = False
-    assert {answer["exit_index"] for answer in keeps(images[0])} == {3}
+    assert {prediction["exit_index"] for prediction in keeps(images[0])} == {3}
 
 
 def test_evaluation_sees_all_exits(train):

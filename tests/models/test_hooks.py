@@ -16,7 +16,7 @@ FAMILIES = {
     "test_mambaout": ({}, (64, 96)),  # channels last
     "test_vit": ({"dynamic_img_size": True}, (64, 96)),  # tokens, their grid as the image
     "test_vit4": ({"img_size": 64}, (64, 64)),  # registers, mean of tokens
-    "cait_xxs24_224": ({"img_size": 64, "depth": 3}, (64, 64)),  # class attention behind the stages
+    "cait_xxs24_224": ({"img_size": 64, "depth": 3}, (64, 64)),  # class attention after the stages
     "coat_tiny": (  # lists of blocks, three maps from one module
         {"img_size": 64, "embed_dims": [16, 32, 32, 32], "serial_depths": [1] * 4, "parallel_depth": 1},
         (64, 64),

@@ -80,8 +80,8 @@ def test_default_exits_are_told_from_others_too(build, tmp_path):
 @pytest.mark.parametrize("length", [0, 7, 5000, -1])
 def test_a_file_that_is_cut_off(saved, length):
     folder, _, _ = saved
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:length])
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:length])
     with pytest.raises(ValueError, match="The weights in .* cannot be read: .* The file is truncated or corrupt"):
         load(folder)
 

@@ -245,9 +245,9 @@ def test_from_backbone_takes_a_folder_that_timm_wrote(tmp_path, batch):
 
 
 def test_a_pretrained_classifier_is_not_lost_by_accident():
-    with pytest.raises(ValueError, match="the pretrained one would be lost. Give num_labels"):
+    with pytest.raises(ValueError, match="the pretrained one would be lost. Pass num_labels"):
         MultiExitForImageClassification.from_backbone("test_resnet", pretrained=True, exit_width=32)
-    with pytest.raises(ValueError, match="Give the number of classes as num_labels"):
+    with pytest.raises(ValueError, match="Pass the number of classes as num_labels"):
         MultiExitForImageClassification.from_backbone("test_resnet", backbone_kwargs={"num_classes": 5})
 
 
@@ -349,10 +349,10 @@ def test_a_checkpoint_is_all_that_pipeline_needs(build, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     image = Image.effect_noise((50, 40), 100).convert("RGB")
-    answers = pipeline("image-classification", model=str(tmp_path))(image, top_k=5)
-    assert {answer["label"] for answer in answers} == set(model.config.id2label.values())
+    predictions = pipeline("image-classification", model=str(tmp_path))(image, top_k=5)
+    assert {prediction["label"] for prediction in predictions} == set(model.config.id2label.values())
     pixel_values = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"]
     probabilities = model(pixel_values).logits.softmax(dim=1)[0]
-    for answer in answers:
-        index = int(answer["label"].removeprefix("class "))
-        assert answer["score"] == pytest.approx(probabilities[index].item(), abs=1e-5)
+    for prediction in predictions:
+        index = int(prediction["label"].removeprefix("class "))
+        assert prediction["score"] == pytest.approx(probabilities[index].item(), abs=1e-5)

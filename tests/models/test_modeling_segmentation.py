@@ -84,8 +84,8 @@ def test_loss_ignores_void_and_interpolates(build_segmenter, images, labels):
     per_image = [F.cross_entropy(logits[i : i + 1], labels[i : i + 1], ignore_index=255) for i in range(2)]
     assert_close(output.loss, sum(per_image) / 2)
     other = build_segmenter(semantic_loss_ignore_index=0).eval()
-    void = torch.zeros_like(labels)
-    assert other(images, void).loss == 0
+    ignored = torch.zeros_like(labels)
+    assert other(images, ignored).loss == 0
     assert_close(model(images, labels.masked_fill(labels == 255, -100)).loss, output.loss)
 
 
@@ -213,12 +213,12 @@ def test_pipeline_and_post_processing_answer_in_the_size_of_the_image(build_segm
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     with torch.no_grad():
         output = model(**processor(image, return_tensors="pt"))
-    answer = processor.post_process_semantic_segmentation(output, target_sizes=[(61, 93)])[0]
-    assert answer.shape == (61, 93)
-    assert {segment["label"] for segment in segments} == {"abcde"[index] for index in answer.unique()}
+    segmented = processor.post_process_semantic_segmentation(output, target_sizes=[(61, 93)])[0]
+    assert segmented.shape == (61, 93)
+    assert {segment["label"] for segment in segments} == {"abcde"[index] for index in segmented.unique()}
     for segment in segments:
         assert segment["mask"].size == (93, 61)
-        expected = (answer == "abcde".index(segment["label"])).numpy()
+        expected = (segmented == "abcde".index(segment["label"])).numpy()
         assert (np.array(segment["mask"]) == 255 * expected).mean() > 0.999  # kernels may differ in the last bit
     assert "not supported" not in caplog.text
 

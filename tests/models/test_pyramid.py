@@ -166,7 +166,7 @@ def test_any_sizes_and_every_parameter_learns(sizes, widths):
     refined = layer(maps)
     assert [level.shape for level in refined] == [(2, width, *size) for width, size in zip(widths, sizes, strict=True)]
     assert all((level >= 0).all() for level in refined)
-    refined[-1].square().sum().backward()  # the deepest alone, as under the classifier of the self-teacher
+    refined[-1].square().sum().backward()  # the last level alone, as under the classifier of the self-teacher
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert all(level.grad.abs().sum() > 0 for level in maps)

@@ -84,7 +84,7 @@ def test_a_multi_exit_model_is_not_written_over(tmp_path):
     model.save_pretrained(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(
-        ValueError, match="holds a multi-exit model, whose files have the names of timm's. Give another"
+        ValueError, match="holds a multi-exit model, whose files have the names of timm's. Choose another"
     ):
         model.save_timm(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before

@@ -43,7 +43,7 @@ def test_models_that_cannot_have_exits(monkeypatch):
     with torch.device("meta"):
         with pytest.raises(ValueError, match=r"'qwen3_vit_88m_enc' is an encoder.*, such as 'qwen3_vit_88m'\."):
             create("qwen3_vit_88m_enc")
-        with pytest.raises(ValueError, match="'vit_base_patch16_siglip_224' has no classes of its own. Give num_lab"):
+        with pytest.raises(ValueError, match="'vit_base_patch16_siglip_224' has no classes of its own. Pass num_lab"):
             create("vit_base_patch16_siglip_224", num_classes=None)
         assert create("vit_base_patch16_siglip_224", num_classes=3).num_classes == 3
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: nn.Linear(1, 1))

@@ -194,7 +194,7 @@ def test_a_few_new_values_are_no_offence(checkpoint, monkeypatch):
 def test_pickled_weights_are_refused(checkpoint):
     weights = AutoModelForImageClassification.from_pretrained(checkpoint).state_dict()
     torch.save(weights, checkpoint / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="Weights are read from safetensors only. Leave out use_safetensors."):
+    with pytest.raises(ValueError, match="Weights are read from safetensors only. Do not pass use_safetensors."):
         AutoModelForImageClassification.from_pretrained(checkpoint, use_safetensors=False)
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"must hold its weights as model.safetensors, but it has none. Pickled weights"):

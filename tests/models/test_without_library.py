@@ -57,10 +57,10 @@ def test_a_trained_checkpoint_works_where_only_torch_timm_and_transformers_are(
     assert set(early.exit_index.tolist()) == {0, 3}
     torch.testing.assert_close(results["early_logits"], early.logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(results["pixel_values"], AutoImageProcessor.from_pretrained("ada/run")(photo)["pixel_values"])
-    for answer, expected in zip(
-        results["answers"], pipeline("image-classification", model="ada/run")(photo, top_k=5), strict=True
+    for prediction, expected in zip(
+        results["predictions"], pipeline("image-classification", model="ada/run")(photo, top_k=5), strict=True
     ):
-        assert answer == {"label": expected["label"], "score": pytest.approx(expected["score"], abs=1e-5)}
+        assert prediction == {"label": expected["label"], "score": pytest.approx(expected["score"], abs=1e-5)}
     for name in shipped_modules() - {"modeling_segmentation", "pyramid"}:
         assert (tmp_path / "copy" / f"{name}.py").read_bytes() == (MODELS / f"{name}.py").read_bytes()
 

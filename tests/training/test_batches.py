@@ -34,7 +34,8 @@ def trainer(build):
 def test_indexed_data_is_seeded(images, trainer):
     data = seeded(images, trainer, "training", 5)
     assert isinstance(data, SeededDataset)
-    assert (data.seed, data.check_label.config.num_labels, data.check_label.name) == (3, 5, "training")
+    assert (data.seed, data.check_label.config, data.check_label.name) == (3, trainer.network.config, "training")
+    assert data.check_label.task is TASKS["image-classification"]
     assert isinstance(data.epoch, torch.Tensor)  # shared with workers
     assert seeded(images, trainer, "evaluation").epoch == 0
     both = seeded({"a": images, "b": images[:3]}, trainer, "evaluation")
@@ -46,7 +47,7 @@ def test_other_data_is_left_as_it_is(images, trainer):
         assert seeded(data, trainer, "evaluation") is data
 
 
-def test_batches_have_indices_behind_whatever_collates(images, trainer):
+def test_batches_have_indices_whatever_collates_them(images, trainer):
     loader = DataLoader(seeded(images, trainer, "training", 5), batch_size=4, collate_fn=default_collate)
     assert [batch["sample_indices"].tolist() for batch in add_indices(loader)][1] == [4, 5, 6, 7]
 

@@ -1,4 +1,4 @@
-"""What the callbacks do, without training where that is possible."""
+"""The callbacks, without training where that is possible."""
 
 import math
 
@@ -120,10 +120,10 @@ def test_moving_average_of_the_weights(build, images, tmp_path, train):
 
 def test_resuming_keeps_the_moving_average(build, tmp_path, train):
     options = {"trainer_kwargs": {"ema_decay": 0.7}, "num_train_epochs": 2}
-    whole = train(build(), output_dir=str(tmp_path / "a"), **options)
+    uninterrupted = train(build(), output_dir=str(tmp_path / "a"), **options)
     train(build(), save_strategy="steps", save_steps=3, **options)
     resumed = train(build(), resume=str(tmp_path / "run" / "checkpoint-3"), **options)
-    assert same_weights(resumed.model, whole.model)
+    assert same_weights(resumed.model, uninterrupted.model)
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.7])
@@ -164,7 +164,7 @@ def test_an_evaluation_is_stale_after_a_step(build):
     assert recorder.evaluation is None
 
 
-def test_of_the_best_checkpoint_its_evaluation_is_recorded():
+def test_the_evaluation_of_the_best_checkpoint_is_recorded():
     recorder, args = CardRecorder(), TrainingArguments(use_cpu=True)
     args.load_best_model_at_end = True
     log = [{"step": 2, "eval_loss": 1.0, "loss": 3.0}, {"step": 4, "eval_loss": 2.0}]

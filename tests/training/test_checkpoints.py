@@ -92,7 +92,7 @@ def test_a_checkpoint_is_deleted_only_when_the_next_is_complete(tmp_path, monkey
     assert names(tmp_path) == ["checkpoint-4"]
 
 
-def test_what_was_cut_off_is_no_checkpoint_and_is_removed(tmp_path, caplog):
+def test_an_incomplete_checkpoint_is_not_found_and_is_removed(tmp_path, caplog):
     half = tmp_path / "_incomplete" / "checkpoint-9"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
@@ -169,7 +169,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(build, train, tmp_path, monkey
     assert names(tmp_path / "run") == ["checkpoint-2"]
     monkeypatch.undo()
     resumed = train(build(), resume=str(tmp_path / "run" / "checkpoint-2"), **SAVING)
-    assert same_weights(resumed.model, train(build(), output_dir=str(tmp_path / "whole")).model)
+    assert same_weights(resumed.model, train(build(), output_dir=str(tmp_path / "uninterrupted")).model)
 
 
 def test_the_best_checkpoint_is_recorded_under_its_own_name(build, train, tmp_path):

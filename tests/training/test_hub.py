@@ -215,7 +215,7 @@ def test_a_private_repository_is_for_its_owner(hub, build, monkeypatch):
         with pytest.raises(OSError, match="If this is a private repository"):
             load("ada/secret", token=token)
     with pytest.raises(OSError, match="Invalid credentials|unauthorized|couldn't connect|401"):
-        load("ada/secret", token="hf_of_nobody")
+        load("ada/secret", token="hf_invalid")
     assert load("ada/secret", token="hf_of_ada").num_exits == 4
     monkeypatch.setenv("HF_TOKEN", "hf_of_bob")
     with pytest.raises(HfHubHTTPError, match="403 Forbidden|404"):

@@ -48,5 +48,5 @@ def test_sums_are_restored_in_another_run(trainer):
     trainer._tr_loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = torch.tensor(0.0), 0.0, 4
     sums.load_state_dict(state)
     assert (trainer._tr_loss, trainer._globalstep_last_logged) == (6.0, 2)
-    assert trainer._total_loss_scalar == -6.0  # of steps before this call, which its mean leaves out
+    assert trainer._total_loss_scalar == -6.0  # of steps before this call, which its mean excludes
     assert sums.pop_means() == {"loss/label": 2.0}

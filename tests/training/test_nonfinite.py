@@ -123,8 +123,8 @@ def test_the_guard_changes_nothing_where_all_is_finite(build, train, tmp_path):
 
 
 @pytest.mark.parametrize("number", [-1, 1.5, True, "2"])
-def test_no_number_of_batches(build, train, number):
-    with pytest.raises(ValueError, match="max_skipped_batches must be an integer from 0, but got"):
+def test_invalid_numbers_of_batches(build, train, number):
+    with pytest.raises(ValueError, match="max_skipped_batches must be an integer of at least 0, but got"):
         train(build(), trainer_kwargs={"max_skipped_batches": number})
 
 

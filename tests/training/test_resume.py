@@ -43,13 +43,13 @@ def scaffolded(monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_equals_not_stopping(build, images, scaffolded, tmp_path, train, workers):
     data = {"trainer_kwargs": {"train_dataset": Augmented(images)}, "dataloader_num_workers": workers}
-    whole = train(build(), scaffolded, num_train_epochs=2, output_dir=str(tmp_path / "a"), **data)
+    uninterrupted = train(build(), scaffolded, num_train_epochs=2, output_dir=str(tmp_path / "a"), **data)
     train(build(), scaffolded, num_train_epochs=2, save_strategy="steps", save_steps=3, **data)
     checkpoint = tmp_path / "run" / "checkpoint-3"  # in the middle of the first epoch
     assert set(load_file(checkpoint / "scaffold.safetensors")) == {"weight", "bias"}
     resumed = train(build(), scaffolded, num_train_epochs=2, resume=str(checkpoint), **data)
-    assert losses(resumed) == losses(whole)
-    assert same_weights(resumed.model, whole.model)
+    assert losses(resumed) == losses(uninterrupted)
+    assert same_weights(resumed.model, uninterrupted.model)
 
 
 def test_resuming_with_other_settings_is_refused(build, scaffolded, tmp_path, train):
@@ -65,19 +65,21 @@ def test_resuming_with_other_settings_is_refused(build, scaffolded, tmp_path, tr
 
 
 def test_train_loss_is_the_mean_over_the_steps_of_the_call(build, train, tmp_path):
-    whole = train(build(), logging_steps=4, save_strategy="steps", save_steps=3)
+    uninterrupted = train(build(), logging_steps=4, save_strategy="steps", save_steps=3)
     resumed = train(build(), logging_steps=4, resume=str(tmp_path / "run" / "checkpoint-3"))
     alone = train(build(), logging_steps=1, output_dir=str(tmp_path / "alone"))
     assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(alone.state.log_history[3]["loss"], rel=1e-5)
-    assert whole.state.log_history[-1]["train_loss"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-5)
+    assert uninterrupted.state.log_history[-1]["train_loss"] == pytest.approx(
+        uninterrupted.state.log_history[0]["loss"], rel=1e-5
+    )
 
 
 def test_a_run_that_is_over_takes_no_more_steps(build, train, tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}  # an epoch has 4
-    whole = train(build(), **options)
+    uninterrupted = train(build(), **options)
     resumed = train(build(), resume=str(tmp_path / "run" / "checkpoint-3"), **options)
     assert resumed.state.global_step == 3
-    assert same_weights(resumed.model, whole.model)
+    assert same_weights(resumed.model, uninterrupted.model)
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(build, train, tmp_path):

@@ -15,7 +15,7 @@ from hf_selfkd.training.distributed import gather_state, is_sharded, unsharded
 from tests.helpers.data_parallel import CASES, GLOBAL_BATCH, network, samples, teacher
 from tests.helpers.processes import replace_batch_norm, run_in_processes
 
-WHOLE = StateDictOptions(full_state_dict=True, strict=False)
+COMPLETE = StateDictOptions(full_state_dict=True, strict=False)
 
 
 def build(case):
@@ -76,15 +76,15 @@ def train_sharded(rank, cases, folder):
     dist.init_process_group("gloo")
     for case in cases:
         mine, everything = list(batches(case, rank)), list(batches(case))
-        whole, method = build(case)
+        unsharded, method = build(case)
         if rank == 0:  # alone, with a process group that would wait for the other
             gathered, dist.is_initialized = dist.is_initialized, lambda: False
-            prepare(whole, method, everything)
+            prepare(unsharded, method, everything)
             dist.is_initialized = gathered
         for batch in everything:
-            optimizer = optimizer_of(whole)
+            optimizer = optimizer_of(unsharded)
             if rank == 0:
-                step(whole, method, optimizer, batch)
+                step(unsharded, method, optimizer, batch)
         model, method = build(case)
         model = shard(model)
         assert is_sharded(model)
@@ -92,7 +92,7 @@ def train_sharded(rank, cases, folder):
         optimizer = optimizer_of(model)
         with counted_over_processes():
             step(model, method, optimizer, mine[0])
-        saved, scaffold = get_model_state_dict(model, options=WHOLE), None
+        saved, scaffold = get_model_state_dict(model, options=COMPLETE), None
         if model.scaffold is not None:
             scaffold = gather_state(model.scaffold)
             if rank == 0:
@@ -107,7 +107,7 @@ def train_sharded(rank, cases, folder):
 
         resumed, method = build(case)
         resumed = shard(resumed)
-        set_model_state_dict(resumed, shipped, options=WHOLE)
+        set_model_state_dict(resumed, shipped, options=COMPLETE)
         if scaffold is not None:
             load_scaffold(resumed.scaffold, str(folder))
         for run in (model, resumed):
@@ -116,7 +116,7 @@ def train_sharded(rank, cases, folder):
         ended, continued = gather_state(model), gather_state(resumed)
         assert all(torch.equal(tensor, continued[name]) for name, tensor in ended.items())
         if rank == 0:
-            for name, tensor in whole.state_dict().items():
+            for name, tensor in unsharded.state_dict().items():
                 assert (ended[name].double() - tensor.double()).abs().max() < 2e-5, (case, name)
         dist.barrier()
     with pytest.raises(ValueError, match="ema_decay needs complete weights on every process, but they are sharded"):

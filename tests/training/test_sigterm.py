@@ -41,10 +41,10 @@ def test_resuming_after_sigterm_equals_not_stopping(build, train, tmp_path, term
     checkpoint = get_last_checkpoint(tmp_path / "run")
     assert checkpoint.endswith(f"checkpoint-{step}")
     resumed = train(build(), resume=checkpoint, **options)
-    whole = train(build(), output_dir=str(tmp_path / "whole"), **options)
-    assert same_weights(resumed.model, whole.model)
-    assert logged(resumed) == logged(whole)
-    assert len([entry for entry in logged(whole) if "eval_loss" in entry]) == 3
+    uninterrupted = train(build(), output_dir=str(tmp_path / "uninterrupted"), **options)
+    assert same_weights(resumed.model, uninterrupted.model)
+    assert logged(resumed) == logged(uninterrupted)
+    assert len([entry for entry in logged(uninterrupted) if "eval_loss" in entry]) == 3
     assert not (tmp_path / "run" / "_incomplete").exists()
 
 
@@ -129,7 +129,7 @@ def test_the_process_ends_with_the_status_of_sigterm():
         sigterm()
         assert callback.received
     assert end.value.code == TERMINATED == 143
-    with callback.listening():  # the next run starts anew
+    with callback.listening():  # the next run starts again
         assert not callback.received
 
 

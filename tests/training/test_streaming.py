@@ -123,14 +123,14 @@ def logs(trainer):
 @pytest.mark.parametrize(("workers", "steps"), [(0, (6, 9)), pytest.param(2, (3, 9), marks=pytest.mark.slow)])
 def test_resuming_in_mid_epoch_equals_not_stopping(tmp_path, workers, steps):
     """Of 33 rows in batches of 3, two a step, an epoch has six steps, however its last batches are filled up."""
-    whole = train(tmp_path / "a", dataloader_num_workers=workers, save_strategy="steps", save_steps=3)
-    assert [int(entry["epoch"]) for entry in logs(whole)] == [0] * 5 + [1] * 6 + [2] * 3
+    uninterrupted = train(tmp_path / "a", dataloader_num_workers=workers, save_strategy="steps", save_steps=3)
+    assert [int(entry["epoch"]) for entry in logs(uninterrupted)] == [0] * 5 + [1] * 6 + [2] * 3
     for step in steps:
         checkpoint = str(tmp_path / "a" / f"checkpoint-{step}")
         resumed = train(tmp_path / "b", dataloader_num_workers=workers, resume=checkpoint)
-        assert logs(resumed) == logs(whole)
+        assert logs(resumed) == logs(uninterrupted)
         state = resumed.model.state_dict()
-        assert all(torch.equal(tensor, state[name]) for name, tensor in whole.model.state_dict().items())
+        assert all(torch.equal(tensor, state[name]) for name, tensor in uninterrupted.model.state_dict().items())
 
 
 def test_a_stream_of_known_length_is_measured_in_epochs(tmp_path):
@@ -190,7 +190,7 @@ def test_streams_are_evaluated(tmp_path):
 
 def test_a_process_without_rows(tmp_path):
     rows = IterableDataset.from_generator(lambda files: iter([]), gen_kwargs={"files": ["a", "b"]})
-    with pytest.raises(ValueError, match="A process got no row of the stream. Use fewer processes"):
+    with pytest.raises(ValueError, match="A process received no row of the stream. Use fewer processes"):
         train(tmp_path, data={"train_dataset": SeededStream(rows, draw, key)})
 
 

@@ -42,10 +42,10 @@ def test_the_first_loss_is_the_methods(build, batch, images, train):
 
 @pytest.mark.parametrize("method", ["byot", "none"])
 def test_gradient_accumulation_changes_nothing(build, train, method):
-    whole = train(build(NORM_FREE), method, per_device_train_batch_size=10)
+    complete = train(build(NORM_FREE), method, per_device_train_batch_size=10)
     parts = train(build(NORM_FREE), method, per_device_train_batch_size=5, gradient_accumulation_steps=2)
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    found, expected = dict(parts.model.state_dict()), dict(whole.model.state_dict())
+    assert losses(parts) == pytest.approx(losses(complete), rel=1e-5)
+    found, expected = dict(parts.model.state_dict()), dict(complete.model.state_dict())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 

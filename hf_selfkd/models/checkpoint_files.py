@@ -11,7 +11,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import create_and_tag_model_card
 
 # The arguments of from_pretrained that say where a file is. Without force_download: transformers downloads again
-# whatever it loads, and these modules read beside it.
+# whatever it loads, and the checks here read the same files.
 LOCATION_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -77,7 +77,7 @@ def check_loaded(source, info: dict[str, Any], ignore_mismatched_sizes: bool) ->
         raise ValueError(
             f"The weights in {source} have other shapes than the model: {name} is {tuple(stored)} instead of "
             f"{tuple(expected)} ({len(info['mismatched_keys'])} keys in all). With ignore_mismatched_sizes=True "
-            "they are initialised anew."
+            "they are newly initialised."
         )
 
 
