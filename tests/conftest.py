@@ -46,6 +46,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_of_earlier_modules():
+    gc.freeze()  # likewise: a compiler leaves hundreds of thousands of objects
+
+
 def pytest_unconfigure():
     _HF_HOME.cleanup()  # workers of pytest-xdist end without finalizers
 

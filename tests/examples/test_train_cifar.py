@@ -278,6 +278,7 @@ def test_erased_pixels_are_grey():
     assert changed.any() and (erased[:, changed] == torch.tensor([51, 102, 153]).unsqueeze(1)).all()
 
 
+@pytest.mark.slow
 def test_regularization_and_a_frozen_backbone(tmp_path):
     """Augmentation, mixing and label smoothing together with a method, exits on a frozen backbone."""
 

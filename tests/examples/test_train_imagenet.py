@@ -64,6 +64,7 @@ def test_a_folder_trains(standin, tmp_path):
     assert (state["global_step"], state["epoch"]) == (8, 2)
 
 
+@pytest.mark.slow
 def test_a_stream_trains_and_resumes(parquet, tmp_path):
     options = ["--dataset", parquet, "--streaming", "true", "--num_train_images", "24", *SMALL]
     options += ["--logging_strategy", "steps", "--logging_steps", "1", "--save_total_limit", "5"]

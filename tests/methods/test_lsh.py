@@ -272,6 +272,7 @@ def prepare_on_one_process(rank, folder):
     torch.save((together, model.scaffold.state_dict()), f"{folder}/rank{rank}.pt")
 
 
+@pytest.mark.slow
 def test_medians_are_of_all_processes(tmp_path):
     torch.save(list(torch.randn(9, 3, 32, 32).split(2)), tmp_path / "images.pt")
     run_in_processes(prepare_on_one_process, 2, str(tmp_path))

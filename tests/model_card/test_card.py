@@ -159,6 +159,7 @@ def run_snippet(card: ModelCard, checkpoint: str, folder: Path) -> str:
     return process.stdout
 
 
+@pytest.mark.slow
 def test_the_snippet_runs_without_this_library(run, tmp_path):
     trainer, _, card = run
     assert run_snippet(card, trainer.args.output_dir, tmp_path).startswith("LABEL_")
