@@ -142,7 +142,13 @@ def builds_scaffold(name):
 
 
 # Without a scaffold the graph is that of byot for all methods.
-@pytest.mark.parametrize("name", ["byot", *filter(builds_scaffold, METHODS)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("byot", "frskd"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if builds_scaffold(name) and name != "frskd"),
+    ],
+)
 def test_one_graph_under_compile(prepared, batch, name):
     # Two blocks, because tracing takes the time.
     method, model = prepared(name, "test_vit", backbone_kwargs={"img_size": 32, "patch_size": 8, "depth": 2})

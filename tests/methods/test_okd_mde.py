@@ -273,7 +273,7 @@ def test_every_parameter_of_the_network_and_the_students_is_trained(trained, bat
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("backbone", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
 def test_any_branch_is_a_plain_model(trained, train, images, batch, tmp_path, backbone):
     trainer = train(trained(backbone)[1], "okd_mde")
     model = trainer.model.eval()

@@ -40,7 +40,7 @@ def scaffolded(monkeypatch):
     return method
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_resuming_equals_not_stopping(build, images, scaffolded, tmp_path, train, workers):
     data = {"trainer_kwargs": {"train_dataset": Augmented(images)}, "dataloader_num_workers": workers}
     uninterrupted = train(build(), scaffolded, num_train_epochs=2, output_dir=str(tmp_path / "a"), **data)

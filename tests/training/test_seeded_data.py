@@ -77,7 +77,7 @@ def test_a_batch_has_the_indices_of_its_samples(images):
     assert IndexedCollator(lambda samples: len(samples))(seeded(images).__getitems__([0, 1])) == 2
 
 
-@pytest.mark.parametrize("outlives", [True, False])
+@pytest.mark.parametrize("outlives", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_workers_outlive_the_first_sigterm_where_it_is_handled(images, outlives):
     """A scheduler sends SIGTERM to all processes; the main one still needs a batch to end its step."""
     data = seeded(images, outlives_sigterm=outlives)

@@ -253,7 +253,8 @@ def test_feature_maps_are_not_copied_for_a_method_that_reads_none(build, batch, 
     assert returned == 3 * [(None, None)]
 
 
-@pytest.mark.parametrize("name", ["frskd", pytest.param("kd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["frskd", "kd"])
 def test_compiled_training_is_the_same_and_compiles_once(build, train, name):
     teacher = {"teacher": timm.create_model("test_resnet", num_classes=5)} if name == "kd" else {}
     torch._dynamo.reset()
