@@ -33,7 +33,10 @@ _VECTORS = {
 
 
 # Files of many seconds. They run first: one that started last would run alone.
-_LONG = ("tests/examples/", "tests/methods/test_contract.py", "tests/test_readme.py", "tests/training/test_trainer.py")
+_LONG = (
+    *("tests/examples/", "tests/methods/test_contract.py", "tests/test_readme.py"),
+    *("tests/training/test_sharding.py", "tests/training/test_trainer.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
