@@ -134,6 +134,7 @@ def test_a_run_is_never_overwritten_but_resumed(digits_run):
     assert "| crop_padding | 4 |" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_final_weights_are_evaluated_once(tmp_path, monkeypatch):
     count, evaluate = [], hf_selfkd.SelfDistillationTrainer.evaluate
     monkeypatch.setattr(

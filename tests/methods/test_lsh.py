@@ -324,9 +324,8 @@ def test_gradient_checkpointing_changes_nothing(build, batch, teacher):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "taught"), [pytest.param("test_vit", False, marks=pytest.mark.slow), ("test_resnet", True)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "taught"), [("test_vit", False), ("test_resnet", True)])
 def test_compiles_as_one_graph(build, batch, teacher, backbone, taught):
     model = build(backbone).train()
     method = get_method("lsh", teacher=teacher if taught else None, num_hashes=32)

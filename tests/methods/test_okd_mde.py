@@ -293,6 +293,7 @@ def test_any_branch_is_a_plain_model(trained, train, images, batch, tmp_path, ba
     assert model.scaffold is not None
 
 
+@pytest.mark.slow
 def test_the_ensemble_is_exported(trained, batch):
     method, model = trained()
     model(batch["pixel_values"])

@@ -349,6 +349,7 @@ def leave_early_elsewhere(model, images, policy):
     return output.logits.numpy(), output.exit_index.numpy()
 
 
+@pytest.mark.slow
 def test_in_another_process():
     model, images = create(), unlike_images()
     policy = spread_policy(all_exits(model, images))

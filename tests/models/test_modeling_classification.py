@@ -324,6 +324,7 @@ def test_a_model_may_call_another(build, batch):
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(build, batch):
     model = build().eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

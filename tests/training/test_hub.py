@@ -90,6 +90,7 @@ def test_saving_with_push_to_hub_uploads_all_that_it_wrote(hub, build, build_seg
     assert hub.repositories["ada/other"].messages[-1] == "Once more"
 
 
+@pytest.mark.slow
 def test_a_segmentation_model_from_a_repository(hub, build_segmenter):
     model = build_segmenter().eval()
     model.push_to_hub("maps")

@@ -124,6 +124,7 @@ def train_sharded(rank, cases, folder):
         EmaWeights(0.9).on_train_begin(None, None, None, model)
 
 
+@pytest.mark.slow
 def test_sharded_training_is_that_of_one_process(tmp_path):
     run_in_processes(train_sharded, 2, ["lsh with a teacher"], tmp_path)
 

@@ -116,6 +116,7 @@ def test_predict_returns_all_logits_and_the_metrics(build, images, train):
         assert prediction.metrics[f"test_{name}"] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(build, images, train):
     data = {"trainer_kwargs": {"train_dataset": Augmented(images)}, "num_train_epochs": 2}
     alone = train(build(), **data)
@@ -152,7 +153,7 @@ def test_other_streams_train_and_evaluate(build, images, train):
     assert "eval_accuracy_exit_0" in train(build(), max_steps=2, trainer_kwargs=sized).evaluate()
 
 
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_data_sets_with_names_are_evaluated_each(build, images, train, persistent):
     workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True} if persistent else {}
     parts = {"first": images[:5], "all": images}
