@@ -14,18 +14,9 @@ from hf_selfkd import EarlyExitOutput, ExitPolicy, MultiExitForImageClassificati
 from hf_selfkd.deploy.pipeline import EarlyExitPipeline
 from hf_selfkd.models.early_exit import CPU_IMAGES_PER_THREAD
 from hf_selfkd.models.exit_policy import CRITERIA
-from tests.helpers.models import build_copy
+from tests.helpers.models import DEIT, SWIN, build_copy
 from tests.helpers.processes import forkserver
 
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 4,
-    "embed_dim": 16,
-    "depths": (1, 1, 1, 1),
-    "num_heads": (1, 2, 4, 8),
-}
-DEIT = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3}
 CHAINS = {
     "test_resnet": {},
     "test_vit": {"img_size": 32, "patch_size": 8},

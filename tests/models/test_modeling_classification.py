@@ -11,17 +11,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, exit_costs
 from hf_selfkd.functional import cross_entropy
-from tests.helpers.models import build_copy
+from tests.helpers.models import DEIT, SWIN, build_copy
 
-SWIN = {
-    "img_size": 32,
-    "patch_size": 2,
-    "window_size": 4,
-    "embed_dim": 16,
-    "depths": (1, 1, 1, 1),
-    "num_heads": (1, 2, 4, 8),
-}
-DEIT = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3}
 BACKBONES = {
     "test_resnet": {},
     "test_vit": {"img_size": 32, "patch_size": 8},
