@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -161,7 +160,10 @@ def gather_evidence(
 def _targets(exit_logits: Any, labels: Any, rows: Tensor) -> Tensor:
     """Return the classes to compare with, ``(rows,)``: labels, or predictions of the final exit."""
     if labels is None:
-        return torch.cat([chunk.argmax(dim=1) for chunk in chunks(exit_logits[-1], rows)])
+        predictions = torch.empty(len(rows), dtype=torch.long)
+        for part, chunk in zip(predictions.split(CHUNK), chunks(exit_logits[-1], rows), strict=True):
+            part.copy_(chunk.argmax(dim=1))
+        return predictions
     return torch.as_tensor(labels).cpu().long()[rows]
 
 
@@ -169,14 +171,18 @@ def _score(
     policy: ExitPolicy, exit: int, logits: Any, rows: Tensor, history: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return scores and predictions of one exit, both ``(rows,)``, and the history for the next."""
-    scores, predictions, histories = [], [], []
-    pasts = repeat(None) if history is None else history.split(CHUNK, dim=-1)
-    for chunk, past in zip(chunks(logits, rows), pasts, strict=False):  # repeat(None) has no end
-        chunk_scores, _, chunk_history = policy.score(exit, chunk, past)
-        scores.append(chunk_scores)
-        predictions.append(chunk.argmax(dim=1))
-        histories.append(chunk_history)
-    return torch.cat(scores), torch.cat(predictions), None if chunk_history is None else torch.cat(histories, dim=-1)
+    # Filled in place: small results kept between the large chunks would fragment the heap, by hundreds of megabytes.
+    scores, predictions = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.long)
+    new_history = None
+    for part, chunk in zip(torch.arange(len(rows)).split(CHUNK), chunks(logits, rows), strict=True):
+        past = None if history is None else history[..., part]
+        scores[part], _, chunk_history = policy.score(exit, chunk, past)
+        predictions[part] = chunk.argmax(dim=1)
+        if chunk_history is not None:
+            if new_history is None:
+                new_history = chunk_history.new_empty(*chunk_history.shape[:-1], len(rows))
+            new_history[..., part] = chunk_history
+    return scores, predictions, new_history
 
 
 def solve(
