@@ -81,7 +81,7 @@ def table() -> str:
     for method in METHODS:
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{method}-seed*.json"))]
         if results:
-            names = ("eval_mean_iou", "eval_pixel_accuracy", "eval_mean_iou_ensemble")
+            names = ("eval_mean_iou", "eval_pixel_accuracy", "eval_ensemble_mean_iou")
             cells = [with_error([100 * result[name] for result in results]) for name in names]
             rows.append(f"| {method} | {len(results)} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

@@ -84,7 +84,7 @@ def exit_curve(logits: torch.Tensor, labels: torch.Tensor, costs: list[int]) -> 
     metric = hf_selfkd.MultiExitAccuracy(keep_in_memory=True)
     scores = metric.compute(predictions=logits.transpose(0, 1), references=labels)
     return [
-        row | {"calibration error": scores[f"calibration_error_exit_{row['exit']}"]}
+        row | {"calibration error": scores[f"exit_{row['exit']}_calibration_error"]}
         for row in anytime_curve(logits, labels, costs)
     ]
 

@@ -31,8 +31,8 @@ class Task:
         reduce_logits: ``(exit_logits, labels)`` reduces the logits of all exits and the prepared labels of a batch to
             small tensors, images first, which are all that evaluation keeps.
         compute_metrics: Takes these tensors, of all images and one argument each, and returns metrics by name: those
-            in ``metric_titles``, alone for the final exit, with ``_exit_<i>`` appended for every exit and with
-            ``_ensemble``; and ``loss``, alone and for every exit.
+            in ``metric_titles``, alone for the final exit, after ``exit_<i>_`` for every exit and after
+            ``ensemble_``; and ``loss``, alone and for every exit.
         metric_titles: Title of each metric in the results table, in percent; the first is the headline metric.
         takes_soft_labels: Whether labels may be probabilities, as label smoothing and mixup make them.
         exits_early: Whether its models can exit early, so that every exit has a cost of its own.

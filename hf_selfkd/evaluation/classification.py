@@ -43,7 +43,7 @@ def compute_class_metrics(predictions: np.ndarray, is_labelled: np.ndarray) -> d
         is_labelled: ``(images,)``, likewise.
 
     Returns:
-        ``loss``, ``accuracy`` and ``calibration_error`` of the final exit, of every exit (``accuracy_exit_0``) and,
+        ``loss``, ``accuracy`` and ``calibration_error`` of the final exit, of every exit (``exit_0_accuracy``) and,
         ``loss`` aside, of the ensemble; all are 0 where no image is labelled.
     """
     predictions = np.asarray(predictions)[np.asarray(is_labelled)].astype(np.float64)
@@ -52,9 +52,9 @@ def compute_class_metrics(predictions: np.ndarray, is_labelled: np.ndarray) -> d
     *exits, ensemble = zip(means[:, 0].tolist(), means[:, 1].tolist(), errors, strict=True)
     metrics = dict(zip(("loss", "accuracy", "calibration_error"), exits[-1], strict=True))
     for index, (loss, accuracy, error) in enumerate(exits):
-        metrics |= {f"loss_exit_{index}": loss, f"accuracy_exit_{index}": accuracy}
-        metrics |= {f"calibration_error_exit_{index}": error}
-    return metrics | {"accuracy_ensemble": ensemble[1], "calibration_error_ensemble": ensemble[2]}
+        metrics |= {f"exit_{index}_loss": loss, f"exit_{index}_accuracy": accuracy}
+        metrics |= {f"exit_{index}_calibration_error": error}
+    return metrics | {"ensemble_accuracy": ensemble[1], "ensemble_calibration_error": ensemble[2]}
 
 
 def calibration_error(is_correct: np.ndarray, confidence: np.ndarray) -> float:

@@ -17,8 +17,8 @@ Args:
     references: Class indices, (images,); -100 where there is no label.
 
 Returns:
-    loss, accuracy and calibration_error of the final exit, the same of every exit (accuracy_exit_0, ...), and
-    accuracy_ensemble and calibration_error_ensemble of the mean of all logits.
+    loss, accuracy and calibration_error of the final exit, the same of every exit (exit_0_accuracy, ...), and
+    ensemble_accuracy and ensemble_calibration_error of the mean of all logits.
 """
 
 
@@ -32,7 +32,7 @@ class MultiExitAccuracy(evaluate.Metric):
     Example:
         >>> metric = MultiExitAccuracy(keep_in_memory=True)
         >>> found = metric.compute(predictions=[[[2.0, 0.0], [3.0, 0.0]], [[1.0, 0.0], [0.0, 4.0]]], references=[0, 1])
-        >>> found["accuracy_exit_0"], found["accuracy"], found["accuracy_ensemble"]
+        >>> found["exit_0_accuracy"], found["accuracy"], found["ensemble_accuracy"]
         (0.5, 1.0, 1.0)
     """
 

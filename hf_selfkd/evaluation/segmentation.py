@@ -91,7 +91,7 @@ def compute_pixel_metrics(counts: np.ndarray) -> dict[str, float]:
     names = [*(f"exit_{index}" for index in range(len(mean_iou) - 1)), "ensemble"]
     metrics = {"mean_iou": float(mean_iou[-2]), "pixel_accuracy": float(accuracy[-2])}
     for name, exit_iou, exit_accuracy in zip(names, mean_iou.tolist(), accuracy.tolist(), strict=True):
-        metrics |= {f"mean_iou_{name}": exit_iou, f"pixel_accuracy_{name}": exit_accuracy}
+        metrics |= {f"{name}_mean_iou": exit_iou, f"{name}_pixel_accuracy": exit_accuracy}
     return metrics
 
 
@@ -104,8 +104,8 @@ def compute_segmentation_metrics(counts: np.ndarray, losses: np.ndarray) -> dict
 
     Returns:
         The metrics of :func:`compute_pixel_metrics`, and ``loss`` of the final exit and of every exit
-        (``loss_exit_0``), means over images.
+        (``exit_0_loss``), means over images.
     """
     means = np.asarray(losses).astype(np.float64).mean(axis=0).tolist()
-    exits = {f"loss_exit_{index}": mean for index, mean in enumerate(means)}
+    exits = {f"exit_{index}_loss": mean for index, mean in enumerate(means)}
     return compute_pixel_metrics(counts) | {"loss": means[-1]} | exits

@@ -100,7 +100,7 @@ def exit_rows(
 
 def _scores_of(model: PreTrainedModel, metrics: dict[str, float], name: str) -> dict[str, str]:
     titles = task_of(model).metric_titles
-    found = {title: metrics.get(f"eval_{metric}_{name}") for metric, title in titles.items()}
+    found = {title: metrics.get(f"eval_{name}_{metric}") for metric, title in titles.items()}
     # As many digits as the metadata has.
     return {title: f"{100 * round(value, 4):.2f}" for title, value in found.items() if is_known(value)}
 
@@ -108,9 +108,9 @@ def _scores_of(model: PreTrainedModel, metrics: dict[str, float], name: str) -> 
 def exit_scores(model: PreTrainedModel, metrics: dict[str, float]) -> dict[str, float]:
     """Return the headline metric under ``exit 0``, ..., ``ensemble``; empty if one of them is unknown."""
     metric = task_of(model).metric
-    keys = {f"exit {exit}": f"eval_{metric}_exit_{exit}" for exit in range(model.num_exits)}
+    keys = {f"exit {exit}": f"eval_exit_{exit}_{metric}" for exit in range(model.num_exits)}
     if model.num_exits > 1:
-        keys["ensemble"] = f"eval_{metric}_ensemble"
+        keys["ensemble"] = f"eval_ensemble_{metric}"
     scores = {name: metrics.get(key) for name, key in keys.items()}
     return scores if all(map(is_known, scores.values())) else {}
 

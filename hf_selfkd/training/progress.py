@@ -60,8 +60,8 @@ class ProgressTable(ProgressCallback):
         """Return the scores in percent under ``exit 0``, ..., ``ensemble``: what remains of the metrics' names."""
         found = {}
         for name, value in logs.items():
-            exit = name.removeprefix("eval_").replace(self.metric, "").strip("_").replace("_", " ")
-            if self.metric in name and (exit == "ensemble" or exit.startswith("exit ")):
+            exit = name.removeprefix("eval_").removesuffix(f"_{self.metric}").replace("_", " ")
+            if name.endswith(f"_{self.metric}") and (exit == "ensemble" or exit.startswith("exit ")):
                 found[exit] = f"{100 * value:.2f}"
         return found
 

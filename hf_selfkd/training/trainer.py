@@ -40,8 +40,8 @@ class SelfDistillationTrainer(Trainer):
     """Train a multi-exit model with a self-distillation method.
 
     Each term of the method is logged as ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and
-    ``eval_accuracy`` of the final exit, ``eval_loss_exit_<i>`` and ``eval_accuracy_exit_<i>`` of every exit from 0,
-    first to last, and ``eval_accuracy_ensemble``, of the mean of all logits, each with a ``calibration_error``; for
+    ``eval_accuracy`` of the final exit, ``eval_exit_<i>_loss`` and ``eval_exit_<i>_accuracy`` of every exit from 0,
+    first to last, and ``eval_ensemble_accuracy``, of the mean of all logits, each with a ``calibration_error``; for
     segmentation ``mean_iou`` and ``pixel_accuracy`` over labelled pixels.
 
     Training samples are drawn under random states of seed, epoch and index only: neither resuming nor the number of

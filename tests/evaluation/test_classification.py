@@ -36,11 +36,11 @@ def test_metrics_of_every_exit_and_of_the_ensemble():
     for name, logits in zip(names, [*exit_logits, (exit_logits[0] + exit_logits[1]) / 2], strict=True):
         confidence, predictions = logits.softmax(dim=1).max(dim=1)
         correct = (predictions == labels).tolist()
-        assert metrics[f"accuracy_{name}"] == pytest.approx(sum(correct) / 40)
+        assert metrics[f"{name}_accuracy"] == pytest.approx(sum(correct) / 40)
         error = slow_calibration_error(correct, confidence.tolist())
-        assert metrics[f"calibration_error_{name}"] == pytest.approx(error, abs=1e-6)
+        assert metrics[f"{name}_calibration_error"] == pytest.approx(error, abs=1e-6)
     for name in ("loss", "accuracy", "calibration_error"):
-        assert metrics[name] == metrics[f"{name}_exit_1"]
+        assert metrics[name] == metrics[f"exit_1_{name}"]
 
 
 def test_probabilities_as_labels_count_by_the_largest():

@@ -33,7 +33,7 @@ def metric(tmp_path):
 def test_values_equal_those_of_the_trainer(metric, predictions, expected):
     logits, labels = predictions
     assert metric.compute(predictions=logits, references=labels) == pytest.approx(expected)
-    assert 0 < expected["accuracy_exit_0"] < expected["accuracy_exit_2"]
+    assert 0 < expected["exit_0_accuracy"] < expected["exit_2_accuracy"]
 
 
 def test_batches_and_single_images_add_up(metric, predictions, expected, tmp_path):
@@ -73,7 +73,7 @@ def test_combined_with_another_metric(predictions, expected, tmp_path):
         found = combined.compute()
         assert found["largest"] == pytest.approx(logits.max())
         assert found["multi_exit_accuracy_accuracy"] == pytest.approx(expected["accuracy"])  # both have that name
-        assert found["accuracy_exit_0"] == pytest.approx(expected["accuracy_exit_0"])
+        assert found["exit_0_accuracy"] == pytest.approx(expected["exit_0_accuracy"])
 
 
 def test_processes_share_the_work(predictions, expected, tmp_path):

@@ -83,13 +83,13 @@ def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
     model = AutoModelForImageClassification.from_pretrained(folder)
     for exit, (row, cost) in enumerate(zip(rows, hf_selfkd.exit_costs(model), strict=True)):
         assert row[0] == str(exit)
-        assert float(row[1]) == pytest.approx(100 * metrics[f"eval_accuracy_exit_{exit}"], abs=0.01)
+        assert float(row[1]) == pytest.approx(100 * metrics[f"eval_exit_{exit}_accuracy"], abs=0.01)
         assert float(row[3]) == pytest.approx(cost / 1e6, abs=0.01)
     assert float(rows[-1][4]) == pytest.approx(model.num_parameters() / 1e6, abs=0.001)
     card = ModelCard.load(folder / "README.md")
     assert "120 images of scikit-learn digits" in card.text and "| crop_padding | 4 |" in card.text
     found = [result.metric_value for result in card.data.eval_results]
-    assert found[:-1] == pytest.approx([metrics[f"eval_accuracy_exit_{exit}"] for exit in range(4)], abs=5e-5)
+    assert found[:-1] == pytest.approx([metrics[f"eval_exit_{exit}_accuracy"] for exit in range(4)], abs=5e-5)
     predictions = pipeline("image-classification", model=str(folder))(noise())
     assert {entry["label"] for entry in predictions} <= {str(digit) for digit in range(10)}
 
@@ -117,7 +117,7 @@ def test_a_loaded_checkpoint_has_the_accuracies_that_training_reported(digits_ru
     metrics = json.loads((folder / "eval_results.json").read_text())
     for exit, logits in enumerate(output.exit_logits):
         accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-        assert accuracy == pytest.approx(metrics[f"eval_accuracy_exit_{exit}"], abs=0.003)
+        assert accuracy == pytest.approx(metrics[f"eval_exit_{exit}_accuracy"], abs=0.003)
 
 
 def test_a_run_is_never_overwritten_but_resumed(digits_run):

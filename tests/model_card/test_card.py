@@ -87,8 +87,8 @@ def test_metadata_for_the_hub(run):
     assert {(result.task_type, result.dataset_name, result.metric_type) for result in results} == {
         ("image-classification", "stripes", "accuracy")
     }
-    expected = {f"accuracy (exit {exit})": metrics[f"eval_accuracy_exit_{exit}"] for exit in range(4)}
-    expected["accuracy (ensemble)"] = metrics["eval_accuracy_ensemble"]
+    expected = {f"accuracy (exit {exit})": metrics[f"eval_exit_{exit}_accuracy"] for exit in range(4)}
+    expected["accuracy (ensemble)"] = metrics["eval_ensemble_accuracy"]
     found = {result.metric_name: result.metric_value for result in results}
     assert found == pytest.approx(expected, abs=5e-5)
     assert ModelCard(str(card)).data.to_dict() == data  # nothing is lost on the way through the Hub
@@ -101,8 +101,8 @@ def test_results_are_the_metrics_and_counts(run):
     costs, parameters = exit_counts(trainer.model)
     assert [row["exit"] for row in rows] == ["0", "1", "2", "3", "ensemble"]
     for exit, row in enumerate(rows[:4]):
-        assert float(row["accuracy (%)"]) == pytest.approx(100 * metrics[f"eval_accuracy_exit_{exit}"], abs=0.01)
-        error = metrics[f"eval_calibration_error_exit_{exit}"]
+        assert float(row["accuracy (%)"]) == pytest.approx(100 * metrics[f"eval_exit_{exit}_accuracy"], abs=0.01)
+        error = metrics[f"eval_exit_{exit}_calibration_error"]
         assert float(row["calibration error (%)"]) == pytest.approx(100 * error, abs=0.01)
         assert float(row["multiply-adds (M)"]) == pytest.approx(costs[exit] / 1e6, abs=0.01)
         assert float(row["parameters (M)"]) == pytest.approx(parameters[exit] / 1e6, abs=1e-3)
@@ -230,8 +230,8 @@ def test_the_best_weights_come_with_their_own_accuracy(build, train, tmp_path):
     best = trainer.state.best_global_step
     assert best < trainer.state.global_step, "the last epoch was the best, which shows nothing"
     (logged,) = [log for log in trainer.state.log_history if log["step"] == best and "eval_loss" in log]
-    assert trainer.card_recorder.evaluation.metrics["eval_accuracy_exit_0"] == logged["eval_accuracy_exit_0"]
-    assert trainer.evaluate()["eval_accuracy_exit_0"] == logged["eval_accuracy_exit_0"]
+    assert trainer.card_recorder.evaluation.metrics["eval_exit_0_accuracy"] == logged["eval_exit_0_accuracy"]
+    assert trainer.evaluate()["eval_exit_0_accuracy"] == logged["eval_exit_0_accuracy"]
     trainer.create_model_card()
     recipe = table_of((tmp_path / "run" / "README.md").read_text(), "setting")
     assert {"setting": "best step", "value": f"{best} of 12"} in recipe
@@ -265,7 +265,7 @@ def test_a_model_without_training_and_exits(build, tmp_path):
 
 
 def test_metrics_that_are_not_finite_are_left_out(build, tmp_path):
-    names = [*(f"accuracy_exit_{exit}" for exit in range(4)), "accuracy_ensemble"]
+    names = [*(f"exit_{exit}_accuracy" for exit in range(4)), "ensemble_accuracy"]
     metrics = {f"eval_{name}": float("nan") for name in names}
     write_model_card(build(), tmp_path, CardFacts(name="plain", repository="plain", dataset="d", metrics=metrics))
     card = ModelCard.load(tmp_path / "README.md")
@@ -274,7 +274,7 @@ def test_metrics_that_are_not_finite_are_left_out(build, tmp_path):
 
 
 def test_one_exit_has_no_ensemble(build, tmp_path):
-    metrics = {f"eval_{name}": 0.5 for name in ("accuracy_exit_0", "accuracy_ensemble", "calibration_error_exit_0")}
+    metrics = {f"eval_{name}": 0.5 for name in ("exit_0_accuracy", "ensemble_accuracy", "exit_0_calibration_error")}
     facts = CardFacts(name="plain", repository="plain", dataset="stripes", metrics=metrics, recipe={"bf16": True})
     write_model_card(build(exits=[]), tmp_path, facts)
     card = ModelCard.load(tmp_path / "README.md")
@@ -431,7 +431,7 @@ def test_segmentation(build_segmenter, train, tmp_path):
     assert "frskd" in card.data.tags and "early-exit" not in card.data.tags
     rows = table_of(card.text, "exit")
     for exit in range(trainer.model.num_exits):
-        value = metrics[f"eval_mean_iou_exit_{exit}"]
+        value = metrics[f"eval_exit_{exit}_mean_iou"]
         assert float(rows[exit]["mean IoU (%)"]) == pytest.approx(100 * value, abs=0.01)
         assert card.data.eval_results[exit].metric_value == pytest.approx(value, abs=5e-5)
     assert "Early exit" not in sections_of(card.text)

@@ -38,8 +38,8 @@ def test_numbers_are_those_of_the_facts(folder):
     sections = sections_of((folder / "README.md").read_text())
     *exits, ensemble = table_of(sections["Results"], "exit")
     for name, row in [*((f"exit_{row['exit']}", row) for row in exits), ("ensemble", ensemble)]:
-        assert float(row["accuracy (%)"]) == pytest.approx(100 * facts.metrics[f"eval_accuracy_{name}"], abs=0.006)
-        error = facts.metrics[f"eval_calibration_error_{name}"]
+        assert float(row["accuracy (%)"]) == pytest.approx(100 * facts.metrics[f"eval_{name}_accuracy"], abs=0.006)
+        error = facts.metrics[f"eval_{name}_calibration_error"]
         assert float(row["calibration error (%)"]) == pytest.approx(100 * error, abs=0.006)
     assert [float(row["latency (ms)"]) for row in exits] == pytest.approx(facts.latency["milliseconds"], abs=0.006)
     rows, policy = table_of(sections["Early exit"], "exit"), config.exit_policy
@@ -72,7 +72,7 @@ def test_the_metadata_is_valid_on_the_hub(folder):
     for result in results:
         name = result.metric_name.removeprefix("accuracy (").removesuffix(")").replace(" ", "_")
         assert result.metric_type == "accuracy"
-        assert result.metric_value == pytest.approx(facts.metrics[f"eval_accuracy_{name}"], abs=5e-5)
+        assert result.metric_value == pytest.approx(facts.metrics[f"eval_{name}_accuracy"], abs=5e-5)
 
 
 def test_pictures_are_next_to_the_card_and_no_others(folder):

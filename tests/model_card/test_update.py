@@ -29,7 +29,7 @@ TRIAL |= {"images_per_second": 812.4, "plain_images_per_second": 640.0, "batch_s
 def trained(tmp_path_factory):
     """Save a model with the card of its training, and return its folder."""
     folder = tmp_path_factory.mktemp("trained") / "late"
-    names = [*(f"accuracy_exit_{exit}" for exit in range(4)), "accuracy_ensemble"]
+    names = [*(f"exit_{exit}_accuracy" for exit in range(4)), "ensemble_accuracy"]
     facts = CardFacts(
         name="late",
         repository="late",

@@ -416,7 +416,7 @@ def test_evaluation_sees_all_exits(train):
     model.config.exit_policy = ExitPolicy(thresholds=[0.0, 0.0, 0.0]).to_dict()
     model.config.early_exit = True
     metrics = train(model).evaluate()
-    assert {f"eval_accuracy_exit_{exit}" for exit in range(4)} <= metrics.keys()
+    assert {f"eval_exit_{exit}_accuracy" for exit in range(4)} <= metrics.keys()
 
 
 # Errors

@@ -137,12 +137,12 @@ def test_load_best_model_at_end(build, train, caplog, ema_decay):
         save_strategy="epoch",
         save_only_model=True,
         load_best_model_at_end=True,
-        metric_for_best_model="accuracy_exit_0",
+        metric_for_best_model="exit_0_accuracy",
         trainer_kwargs={"ema_decay": ema_decay},
     )
-    best = max(entry["eval_accuracy_exit_0"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    assert trainer.card_recorder.evaluation.metrics["eval_accuracy_exit_0"] == best
-    assert trainer.evaluate()["eval_accuracy_exit_0"] == pytest.approx(best)
+    best = max(entry["eval_exit_0_accuracy"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.card_recorder.evaluation.metrics["eval_exit_0_accuracy"] == best
+    assert trainer.evaluate()["eval_exit_0_accuracy"] == pytest.approx(best)
     assert "missing keys" not in caplog.text  # of the scaffold, which is in another file
 
 

@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(build, train, tmp_path, monkey
 
 def test_the_best_checkpoint_is_recorded_under_its_own_name(build, train, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 3.0}
-    trainer = train(build(), metric_for_best_model="loss_exit_0", num_train_epochs=2, **(SAVING | options))
+    trainer = train(build(), metric_for_best_model="exit_0_loss", num_train_epochs=2, **(SAVING | options))
     best = trainer.state.best_model_checkpoint
     assert best == str(tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}")
     state = json.loads(Path(best, "trainer_state.json").read_text())

@@ -36,7 +36,7 @@ def test_a_row_per_evaluation_holds_what_was_logged(watch, build):
     evaluations = [entry for entry in log if "eval_loss" in entry]
     assert len(rows) == len(evaluations) == len(losses) == 2
     for row, loss, metrics in zip(rows, losses, evaluations, strict=True):
-        scores = [metrics[f"eval_accuracy_{name}"] for name in ("exit_0", "exit_1", "exit_2", "exit_3", "ensemble")]
+        scores = [metrics[f"eval_{name}_accuracy"] for name in ("exit_0", "exit_1", "exit_2", "exit_3", "ensemble")]
         assert float(row[0]) == metrics["epoch"]
         assert [float(value) for value in row[1:]] == pytest.approx([loss, *(100 * s for s in scores)], abs=0.005)
 
@@ -80,5 +80,5 @@ def test_segmentation_shows_mean_iou(watch, build_segmenter):
     trainer, (header, row, _), _ = watch(build_segmenter(), "deep_supervision", "mean_iou", samples)
     assert header[:3] == ["epoch", "loss", "exit"] and header[-1] == "ensemble"
     metrics = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
-    assert float(row[2]) == pytest.approx(100 * metrics["eval_mean_iou_exit_0"], abs=0.005)
-    assert float(row[-1]) == pytest.approx(100 * metrics["eval_mean_iou_ensemble"], abs=0.005)
+    assert float(row[2]) == pytest.approx(100 * metrics["eval_exit_0_mean_iou"], abs=0.005)
+    assert float(row[-1]) == pytest.approx(100 * metrics["eval_ensemble_mean_iou"], abs=0.005)

@@ -184,7 +184,7 @@ def test_streams_are_evaluated(tmp_path):
     trainer = train(tmp_path, data={"train_dataset": stream(), "eval_dataset": evaluation}, max_steps=1)
     metrics = trainer.evaluate()
     listed = trainer.evaluate(list(evaluation.prepared(trainer.args.seed, check_of(5, "evaluation"))))
-    assert metrics["eval_accuracy_exit_0"] == listed["eval_accuracy_exit_0"]
+    assert metrics["eval_exit_0_accuracy"] == listed["eval_exit_0_accuracy"]
     assert metrics["eval_loss"] == pytest.approx(listed["eval_loss"])
 
 

@@ -58,14 +58,14 @@ def test_evaluation_reports_every_exit_and_the_ensemble(build, batch, images, tr
     with torch.no_grad():
         output = model(pixel_values)
     for index, logits in enumerate(output.exit_logits):
-        assert metrics[f"eval_loss_exit_{index}"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
+        assert metrics[f"eval_exit_{index}_loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
         accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
-        assert metrics[f"eval_accuracy_exit_{index}"] == pytest.approx(accuracy)
-    assert "eval_loss_exit_4" not in metrics
-    assert metrics["eval_loss"] == metrics["eval_loss_exit_3"]
-    assert metrics["eval_accuracy"] == metrics["eval_accuracy_exit_3"]
+        assert metrics[f"eval_exit_{index}_accuracy"] == pytest.approx(accuracy)
+    assert "eval_exit_4_loss" not in metrics
+    assert metrics["eval_loss"] == metrics["eval_exit_3_loss"]
+    assert metrics["eval_accuracy"] == metrics["eval_exit_3_accuracy"]
     ensemble = (output.ensemble_logits.argmax(dim=1) == labels).float().mean().item()
-    assert metrics["eval_accuracy_ensemble"] == pytest.approx(ensemble)
+    assert metrics["eval_ensemble_accuracy"] == pytest.approx(ensemble)
 
 
 def test_evaluation_gathers_three_numbers_per_exit_and_image(build, images, train):
@@ -112,7 +112,7 @@ def test_predict_returns_all_logits_and_the_metrics(build, images, train):
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert np.array_equal(logits, exit_logits[-1])
     evaluated = trainer.evaluate()
-    for name in ("loss", "accuracy", "accuracy_exit_0", "accuracy_ensemble"):
+    for name in ("loss", "accuracy", "exit_0_accuracy", "ensemble_accuracy"):
         assert prediction.metrics[f"test_{name}"] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-5)
 
 
@@ -150,7 +150,7 @@ def test_other_streams_train_and_evaluate(build, images, train):
     with pytest.raises(ValueError, match="lr_milestones are in epochs, but the training data has no length"):
         train(build(), max_steps=2, trainer_kwargs={"train_dataset": Stream(images), "lr_milestones": [1]})
     sized = {"train_dataset": SizedStream(images), "eval_dataset": SizedStream(images)}
-    assert "eval_accuracy_exit_0" in train(build(), max_steps=2, trainer_kwargs=sized).evaluate()
+    assert "eval_exit_0_accuracy" in train(build(), max_steps=2, trainer_kwargs=sized).evaluate()
 
 
 @pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -227,7 +227,7 @@ def test_probability_labels_are_evaluated(build, images, train):
     soft = [image | {"labels": torch.eye(5)[image["labels"]] * 0.8 + 0.04} for image in images]
     hard = train(build(), "eed").evaluate()
     metrics = train(build(), "eed").evaluate(soft)
-    assert metrics["eval_accuracy_exit_0"] == hard["eval_accuracy_exit_0"]
+    assert metrics["eval_exit_0_accuracy"] == hard["eval_exit_0_accuracy"]
     assert metrics["eval_loss"] != hard["eval_loss"]
 
 

@@ -51,10 +51,10 @@ def test_terms_add_up_and_metrics_equal_scikit_learn(train_segmenter, maps, meth
         matrix = confusion_matrix(labels[known], predictions[known], labels=[0, 1, 2])
         union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
         mean_iou = (np.diag(matrix)[union > 0] / union[union > 0]).mean()
-        assert metrics[f"eval_mean_iou_exit_{index}"] == pytest.approx(mean_iou, abs=1e-3)
+        assert metrics[f"eval_exit_{index}_mean_iou"] == pytest.approx(mean_iou, abs=1e-3)
         accuracy = np.diag(matrix).sum() / matrix.sum()
-        assert metrics[f"eval_pixel_accuracy_exit_{index}"] == pytest.approx(accuracy, abs=1e-3)
-    assert metrics["eval_mean_iou"] == metrics[f"eval_mean_iou_exit_{index}"]
+        assert metrics[f"eval_exit_{index}_pixel_accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    assert metrics["eval_mean_iou"] == metrics[f"eval_exit_{index}_mean_iou"]
 
 
 def test_evaluation_gathers_counts_and_no_label_maps(train_segmenter, maps):
