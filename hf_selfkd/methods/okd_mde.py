@@ -137,7 +137,7 @@ class Ensemble(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map ``(batch, channels, height, width)`` to logits ``(batch, classes)``."""
-        return self.students.predict(self.model(pixel_values, output_hidden_states=True))[1]
+        return self.students.predict(self.model(pixel_values, output_hidden_states=True, return_dict=True))[1]
 
 
 def _weight(classifiers: Sequence[nn.Module]) -> Tensor:

@@ -80,6 +80,7 @@ def attach_method(
             parameters that train.
     """
     network = multi_exit_model(model)
+    network.config.check()  # fields may have been set since the model was built
     method.check(network)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("No parameter is left to train: the backbone is frozen and the model has no exits.")

@@ -29,7 +29,7 @@ def search(build, train, monkeypatch):
     return search
 
 
-def test_the_best_run_has_the_largest_accuracy_and_reaches_the_method(search):
+def test_the_best_run_is_the_most_accurate(search):
     seen = []
 
     def space(trial):

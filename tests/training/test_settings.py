@@ -95,6 +95,10 @@ def test_models_that_cannot_be_trained_are_refused(build, build_segmenter):
     frozen.freeze_backbone()
     with pytest.raises(ValueError, match="No parameter is left to train"):
         attach(frozen, "none")
+    changed = build()
+    changed.config.problem_type = "regression"
+    with pytest.raises(ValueError, match="problem_type must be .*, but got 'regression'"):
+        attach(changed)
     for options in ({"has_mix": True}, {"label_smoothing_factor": 0.1}):
         with pytest.raises(ValueError, match="which image-segmentation does not take"):
             attach(build_segmenter(), "none", **options)
