@@ -84,7 +84,7 @@ class EvaluatingTrainer(Trainer):
             return {}
         found = {f"{prefix}{name}": value for name, value in task_of(self.network).compute_metrics(*reduced).items()}
         # The loop's loss is a mean of batches, which need not have equally many labelled images.
-        replaced = {f"{prefix}loss"} if self.label_loss is None else set()
+        replaced = {f"{prefix}loss"} if self.compute_loss_func is None else set()
         return {name: value for name, value in found.items() if name in replaced or name not in metrics}
 
     def hyperparameter_search(

@@ -8,7 +8,7 @@ from ..functional import count_selected, resize_logits
 from ..models.outputs import MultiExitOutput
 
 
-def from_stock(compute_loss_func: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def from_stock(compute_loss_func: Callable[..., Tensor] | None) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return the label loss of one exit that calls a ``compute_loss_func`` of ``Trainer``.
 
     It is called as ``compute_loss_func(outputs, labels, num_items_in_batch=n)``, once per exit: ``outputs.logits`` are
@@ -17,8 +17,10 @@ def from_stock(compute_loss_func: Callable[..., Tensor]) -> Callable[[Tensor, Te
     ``n`` both give the mean of the global batch, whatever the gradient accumulation.
 
     Args:
-        compute_loss_func: Returns a scalar.
+        compute_loss_func: Returns a scalar; ``None`` for the built-in loss.
     """
+    if compute_loss_func is None:
+        return None
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.float()

@@ -41,6 +41,24 @@ def check_settings(
         raise TypeError(f"card has the unknown keys {', '.join(unknown)}. It takes {', '.join(known)}.")
 
 
+def check_optimizers(optimizers: tuple[Any, ...], *, has_milestones: bool, decay_norms: bool) -> None:
+    """Raise ValueError if an optimizer or scheduler of the user's own makes another setting meaningless.
+
+    Args:
+        optimizers: The optimizer and the scheduler, ``None`` where the trainer builds it.
+        has_milestones: Whether there are ``lr_milestones``.
+        decay_norms: The trainer's setting.
+    """
+    optimizer, scheduler, *_ = optimizers
+    if scheduler is not None and has_milestones:
+        raise ValueError("lr_milestones build a scheduler, but optimizers holds one. Leave one of them out.")
+    if optimizer is not None and decay_norms:
+        raise ValueError(
+            "decay_norms groups the parameters of the optimizer that the trainer builds, but optimizers holds one. "
+            "Leave it out, and group the parameters yourself."
+        )
+
+
 def own_arguments(args: TrainingArguments) -> TrainingArguments:
     """Return a copy of the arguments with the decisions of the trainer.
 

@@ -105,11 +105,10 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         settings.check_settings(args, card or {}, max_skipped_batches, has_milestones=bool(lr_milestones))
         self.lr_milestones, self.lr_gamma, self.decay_norms = tuple(lr_milestones), lr_gamma, decay_norms
         self.mix, self.card, self.predict_all_exits = mix, card or {}, predict_all_exits
-        optimizer, scheduler = kwargs.get("optimizers") or (None, None)
-        own_parts = (optimizer, scheduler, kwargs.get("optimizer_cls_and_kwargs"))
-        self.has_own_optimizer = any(part is not None for part in own_parts)
-        loss = kwargs.get("compute_loss_func")
-        self.label_loss = None if loss is None else label_losses.from_stock(loss)
+        optimizers = (*(kwargs.get("optimizers") or (None, None)), kwargs.get("optimizer_cls_and_kwargs"))
+        settings.check_optimizers(optimizers, has_milestones=bool(lr_milestones), decay_norms=decay_norms)
+        self.has_own_optimizer = any(part is not None for part in optimizers)
+        self.label_loss = label_losses.from_stock(kwargs.get("compute_loss_func"))
         self.aside: str | None = None  # the folder of a checkpoint while it is written
         self.sums, self.stream_position, self.seed_data = LossSums(self), StreamPosition(), SeedData()
         self.nonfinite = NonFiniteGuard(self, max_skipped_batches)
@@ -118,7 +117,7 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         self.restore, self.card_recorder = resume.RestoreProcess(self), CardRecorder()
         self.attachment = Attachment(self)
         if model is not None:
-            settings.attach_method(self.method, model, args, has_mix=mix is not None, optimizer=optimizer)
+            settings.attach_method(self.method, model, args, has_mix=mix is not None, optimizer=optimizers[0])
         super().__init__(model=model, args=described(settings.own_arguments(args), self), **kwargs)
         hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
@@ -163,16 +162,16 @@ class SelfDistillationTrainer(EvaluatingTrainer):
             loss, output = self._training_loss(model, images, labels)
         else:
             output = model(images, labels=labels, return_dict=True)
-            with label_loss(self.label_loss):
+            with label_loss(None if self.compute_loss_func is None else self.label_loss):
                 loss = cross_entropy(output.exit_logits[-1], labels)
         return (loss, output) if return_outputs else loss
 
     def _training_loss(self, model: nn.Module, images: Tensor, labels: Tensor):
         images, labels = recipe.mixed(self, images, labels)
         output = model(images, return_dict=True)
-        with counted_over_processes(), label_loss(self.label_loss) as label_losses_seen:
+        with counted_over_processes(), label_loss(self.label_loss) as losses:
             terms = self.method.terms(output, labels, self.state.epoch or 0.0)
-        if self.label_loss is not None and not label_losses_seen:
+        if self.label_loss is not None and not losses:
             raise ValueError(
                 f"compute_loss_func has no effect on {type(self.method).__name__}, which does not take its label loss "
                 "from hf_selfkd.functional.cross_entropy. Call that in the method, or leave compute_loss_func out."

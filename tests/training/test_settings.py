@@ -135,6 +135,16 @@ def test_an_optimizer_that_lacks_parameters_is_refused(build, attached):
         SelfDistillationTrainer(model, TrainingArguments(use_cpu=True), "frskd", optimizers=(optimizer, None))
 
 
+def test_settings_of_what_an_own_optimizer_replaces_are_refused(build):
+    model, args = build(), TrainingArguments(use_cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match="lr_milestones build a scheduler, but optimizers holds one"):
+        SelfDistillationTrainer(model, args, lr_milestones=[1], optimizers=(None, scheduler))
+    with pytest.raises(ValueError, match="decay_norms groups the parameters"):
+        SelfDistillationTrainer(model, args, decay_norms=True, optimizers=(optimizer, None))
+
+
 def test_parameters_that_do_not_train_need_no_optimizer(build):
     model, method = build(), get_method("deep_supervision")
     model.freeze_backbone()
