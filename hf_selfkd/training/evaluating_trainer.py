@@ -25,7 +25,7 @@ class EvaluatingTrainer(Trainer):
     for ``compute_metrics``.
     """
 
-    exit_outputs = EvalLoopContainer()
+    exit_outputs: EvalLoopContainer | None = None  # during an evaluation: what the metrics of the exits need
     search_space: hyper_parameters.SearchSpace | None = None
 
     @property
@@ -52,23 +52,24 @@ class EvaluatingTrainer(Trainer):
         """
         if self.is_in_train:
             resume.synchronise_batch_norm(self)
-        self.exit_outputs = EvalLoopContainer()
         averaged = self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext()
-        with averaged, swapped(self.network.config, early_exit=False, return_dict=True):
+        every_exit = swapped(self.network.config, early_exit=False, return_dict=True)
+        with averaged, every_exit, swapped(self, exit_outputs=EvalLoopContainer()):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        output.metrics.update(self._exit_metrics(output.metrics, f"{metric_key_prefix}_"))
+            output.metrics.update(self._exit_metrics(output.metrics, f"{metric_key_prefix}_"))
         self.card_recorder.record(Evaluation(self.state.global_step, output.num_samples, output.metrics))
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[Any, Any, Any]:
         """Predict for a batch, and keep what the metrics of the exits need, without their logits."""
-        loss, outputs, labels = super().prediction_step(model, inputs, self.args.prediction_loss_only)
+        ignored = self.network.config.keys_to_ignore_at_inference  # Trainer does not look inside a wrapped model
+        loss, outputs, labels = super().prediction_step(model, inputs, self.args.prediction_loss_only, ignored)
         if outputs is None:
             return loss, None, None
         logits, exit_logits = outputs
-        if labels is not None:
+        if labels is not None and self.exit_outputs is not None:
             reduced = task_of(self.network).reduce_logits(exit_logits, labels)
             self.exit_outputs.add(self.gather_function(reduced))
             if self.args.eval_accumulation_steps is not None:
