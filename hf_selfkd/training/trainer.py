@@ -16,7 +16,7 @@ from ..model_card.card import write_model_card
 from ..model_card.facts import Evaluation, collect_facts
 from ..tasks import task_of
 from . import hub, recipe, resume, settings
-from .batches import add_indices, prepare_batch, seeded
+from .batches import add_indices, checked_collator, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
@@ -200,19 +200,21 @@ class SelfDistillationTrainer(Trainer):
         steps = self.args.gradient_accumulation_steps
         batch_size = self.get_total_train_batch_size(self.args) // (steps * self.args.world_size)
         data = seeded(self.train_dataset, self, "training", batch_size)
-        with settings.swapped(self, train_dataset=data):
+        with settings.swapped(self, train_dataset=data, **checked_collator(self, "training")):
             loader = super().get_train_dataloader()
         self.seed_data.follow(data)
         return self.stream_position.follow(data, loader, steps) or add_indices(loader)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Return the evaluation loader; its samples are checked."""
-        with settings.swapped(self, eval_dataset=seeded(self.eval_dataset, self, "evaluation")):
+        data = seeded(self.eval_dataset, self, "evaluation")
+        with settings.swapped(self, eval_dataset=data, **checked_collator(self, "evaluation")):
             return super().get_eval_dataloader(seeded(eval_dataset, self, "evaluation"))
 
     def get_test_dataloader(self, test_dataset):
         """Return the test loader; its samples are checked."""
-        return super().get_test_dataloader(seeded(test_dataset, self, "test"))
+        with settings.swapped(self, **checked_collator(self, "test")):
+            return super().get_test_dataloader(seeded(test_dataset, self, "test"))
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
