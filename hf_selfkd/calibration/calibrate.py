@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.exit_policy import ExitPolicy, get_criterion
-from ..models.labels import UNLABELLED, class_labels
+from ..models.labels import UNLABELLED, as_classes, class_labels
 from .risk_control import certify
 from .search import Evidence, frontier, optimise
 from .temperature import CHUNK, chunks, fit_temperature
@@ -282,9 +282,7 @@ def _classes(labels: Any, exit_logits: Any) -> Tensor:
     labels = class_labels(labels, num_classes, "The calibration data")
     if len(labels) != num_images:
         raise ValueError(f"labels must hold one label per image, {num_images} in all, but got {len(labels)}.")
-    if not labels.is_floating_point():
-        return labels
-    return labels.argmax(dim=1).where(labels.sum(dim=1) > 0, UNLABELLED)
+    return as_classes(labels)
 
 
 def _labelled(exit_logits: Any, labels: Tensor | None) -> Tensor:

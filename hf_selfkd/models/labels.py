@@ -65,6 +65,17 @@ def _check_probabilities(labels: Tensor, num_labels: int, name: str) -> None:
         )
 
 
+def as_classes(labels: Tensor) -> Tensor:
+    """Return the class of each image ``(images,)``, of probabilities the largest; -100 where there is no label.
+
+    Args:
+        labels: As :func:`class_labels` returns them.
+    """
+    if not labels.is_floating_point():
+        return labels
+    return labels.argmax(dim=1).where(labels.sum(dim=1) > 0, UNLABELLED)
+
+
 def label_maps(
     labels: Any,
     image_size: Sequence[int] | None,

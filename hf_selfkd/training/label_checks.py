@@ -38,7 +38,7 @@ class LabelCheck(NamedTuple):
         if name is None:
             return sample
         label = sample[name]
-        converted = self._convert([label], sample, f"Sample {index} of the {self.name} data")
+        converted = self.convert([label], sample, f"Sample {index} of the {self.name} data")
         if converted.dim() > 1 or isinstance(label, (int, Tensor)):
             return sample
         return {**sample, name: converted.item()}  # the stock collator takes some integers of numpy for floats
@@ -50,11 +50,22 @@ class LabelCheck(NamedTuple):
             ValueError: As for a sample.
         """
         if isinstance(batch, Mapping) and "labels" in batch:
-            self._convert(batch["labels"], batch, f"A batch of the {self.name} data")
+            self.convert(batch["labels"], batch)
 
-    def _convert(self, labels: Any, images: Mapping[str, Any], name: str) -> Tensor:
-        shape = getattr(images.get("pixel_values"), "shape", None)
-        return self.task.convert_labels(labels, self.config, name, None if shape is None else tuple(shape[-2:]))
+    def convert(self, labels: Any, images: Mapping[str, Any] | None = None, name: str | None = None) -> Tensor:
+        """Return labels as the task converts them.
+
+        Args:
+            labels: A batch of them.
+            images: Their sample or batch, whose ``pixel_values`` they must suit.
+            name: Begins the text of errors; ``None`` for the name of the data.
+
+        Raises:
+            ValueError: If the task does not allow the labels.
+        """
+        shape = getattr((images or {}).get("pixel_values"), "shape", None)
+        size = None if shape is None else tuple(shape[-2:])
+        return self.task.convert_labels(labels, self.config, name or f"A batch of the {self.name} data", size)
 
 
 def label_name(sample: Any) -> str | None:
