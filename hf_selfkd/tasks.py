@@ -34,6 +34,7 @@ class Task:
             ``ensemble_``; and ``loss``, alone and for every exit.
         metric_titles: Title of each metric in the results table, in percent; the first is the headline metric.
         takes_soft_labels: Whether labels may be probabilities, as label smoothing and mixup make them.
+        has_ignored_pixels: Whether labels are maps, in which pixels may be ignored.
         exits_early: Whether its models can exit early, so that every exit has a cost of its own.
         kind: A noun phrase for its models, to begin a sentence.
         final_exit: A noun phrase for the final exit, to end a sentence.
@@ -51,6 +52,7 @@ class Task:
     kind: str
     final_exit: str
     example: str
+    has_ignored_pixels: bool = False
 
     @property
     def metric(self) -> str:
@@ -95,6 +97,7 @@ for prediction in classifier("photo.png"):
             compute_metrics=compute_segmentation_metrics,
             metric_titles={"mean_iou": "mean IoU (%)", "pixel_accuracy": "pixel accuracy (%)"},
             takes_soft_labels=False,
+            has_ignored_pixels=True,
             exits_early=False,
             kind="A semantic segmentation model",
             final_exit="the segmentation head of the feature pyramid",

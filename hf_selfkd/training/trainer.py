@@ -19,6 +19,7 @@ from . import hub, recipe, resume, settings
 from .batches import add_indices, checked_collator, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
 from .class_balance import ClassBalance
+from .label_callbacks import CheckLabels
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
 from .seeded_data import INDICES
@@ -120,11 +121,18 @@ class SelfDistillationTrainer(Trainer):
         args, metrics = settings.own_arguments(args), compute_metrics or self._exit_metrics
         super().__init__(model=model, args=args, compute_metrics=metrics, **kwargs)
         self.label_loss: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.balance = ClassBalance(self, class_weights, balanced_sampling)
+        self.balance, self.label_checks = ClassBalance(self, class_weights, balanced_sampling), CheckLabels(self)
         hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
-        others = (self.balance, self.average, self.restore, self.card_recorder, hub.ReportPushes(self))
+        others = (
+            self.label_checks,
+            self.balance,
+            self.average,
+            self.restore,
+            self.card_recorder,
+            hub.ReportPushes(self),
+        )
         for callback in filter(None, (*steps, *others)):
             self.add_callback(callback)
 
@@ -151,6 +159,7 @@ class SelfDistillationTrainer(Trainer):
                 f"A batch needs pixel_values and labels, but has {', '.join(inputs)}. Name the columns so in the data."
             )
         images, labels = inputs["pixel_values"], inputs["labels"]
+        self.label_checks.observe(labels)
         if self.model.training:
             loss, output = self._training_loss(model, images, labels)
         else:

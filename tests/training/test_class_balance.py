@@ -82,7 +82,7 @@ def test_pixels_are_counted_in_segmentation(build_segmenter, train):
     labels = torch.zeros(32, 32, dtype=torch.uint8)
     labels[:8], labels[8:16] = 4, 255
     data = [{"pixel_values": torch.randn(3, 32, 32), "labels": labels} for _ in range(4)]
-    options = {"train_dataset": data, "class_weights": "balanced"}
+    options = {"train_dataset": data, "eval_dataset": None, "class_weights": "balanced"}
     trainer = train(build_segmenter(), "none", trainer_kwargs=options, max_steps=1)
     assert_close(trainer.label_loss.keywords["class_weights"], torch.tensor([0.75, 0, 0, 0, 1.5]))
 

@@ -1,11 +1,16 @@
 """Where labels are looked for, and the name that a refused one has; which are refused: tests/models/test_labels.py."""
 
+import copy
+import logging
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
-from tests.helpers.runs import check_of
+from hf_selfkd import SelfDistillationTrainer
+from tests.helpers.runs import check_of, same_weights
 
 check = check_of(5, "training")
 
@@ -81,7 +86,50 @@ def test_label_maps_in_lists_or_with_a_channel_train(build_segmenter, train):
     def converted(convert):
         return [{"pixel_values": image, "labels": convert(label)} for image, label in zip(pixels, labels, strict=True)]
 
-    trainer = train(build_segmenter(), "none", max_steps=1, trainer_kwargs={"train_dataset": converted(Tensor.tolist)})
+    options = {"train_dataset": converted(Tensor.tolist), "eval_dataset": None}
+    trainer = train(build_segmenter(), "none", max_steps=1, trainer_kwargs=options)
     kinds = (torch.clone, Tensor.tolist, lambda labels: labels[None].byte())
     losses = [trainer.evaluate(converted(convert))["eval_loss"] for convert in kinds]
     assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize(("name", "index"), [("training", 19), ("evaluation", 0)])
+def test_labels_are_checked_before_the_first_step(build, images, train, name, index):
+    wrong = [image | {"labels": 5 if at == index else image["labels"]} for at, image in enumerate(images)]
+    model = build()
+    before = copy.deepcopy(model)
+    data = {"train_dataset": wrong} if name == "training" else {"eval_dataset": {"a": images, "b": wrong}}
+    with pytest.raises(ValueError, match=f"^Sample {index} of the {name} data has label 5"):
+        train(model, "none", trainer_kwargs=data, max_steps=1)
+    assert same_weights(model, before)
+
+
+def masks(foreground):
+    labels = torch.zeros(4, 32, 32, dtype=torch.uint8)
+    labels[:, :16] = foreground
+    return [{"pixel_values": torch.randn(3, 32, 32), "labels": label} for label in labels]
+
+
+@pytest.mark.parametrize("foreground", [255, 1])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_class_that_never_occurs_while_pixels_are_ignored_is_named_once(
+    build_segmenter, train, caplog, monkeypatch, foreground, trains
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_selfkd"), "propagate", True)
+    data = masks(foreground)
+    options = {"train_dataset": data, "eval_dataset": data}
+    model = build_segmenter(num_labels=2)
+    if trains:
+        trainer = train(model, "none", trainer_kwargs=options, num_train_epochs=2, eval_strategy="epoch")
+    else:
+        args = TrainingArguments(use_cpu=True, report_to="none", disable_tqdm=True)
+        trainer = SelfDistillationTrainer(model, args, "none", **options)
+        trainer.evaluate()
+    trainer.evaluate()
+    found = [record.getMessage() for record in caplog.records if "No pixel of class" in record.getMessage()]
+    if foreground == 1:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert found[0].startswith("No pixel of class 1 was seen, but pixels with semantic_loss_ignore_index=255 were")
