@@ -47,10 +47,11 @@ def class_labels(labels: Any, num_labels: int, name: str, *, check_values: bool 
 
 
 def _check_indices(labels: Tensor, num_labels: int, name: str) -> None:
-    wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != UNLABELLED)]
-    if len(wrong):
+    # In Python: for the label of one sample calls of torch would take three times as long.
+    wrong = [label for label in labels.tolist() if not 0 <= label < num_labels and label != UNLABELLED]
+    if wrong:
         raise ValueError(
-            f"{name} has label {wrong[0].item()}, but the model has {num_labels} classes (0 to {num_labels - 1}). "
+            f"{name} has label {wrong[0]}, but the model has {num_labels} classes (0 to {num_labels - 1}). "
             f"Build the model with num_labels of the data; where there is no label, use {UNLABELLED} instead."
         )
 
