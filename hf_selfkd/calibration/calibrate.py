@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.exit_policy import ExitPolicy, get_criterion
+from ..models.labels import UNLABELLED, as_classes, class_labels
 from .risk_control import certify
 from .search import Evidence, frontier, optimise
 from .temperature import CHUNK, chunks, fit_temperature
@@ -45,7 +46,9 @@ def calibrate(
     Args:
         exit_logits: ``(exits, images, classes)``, a tensor or array, first to last, or a sequence of
             ``(images, classes)``; memory-mapped arrays are read in chunks.
-        labels: Class indices ``(images,)``; ``None`` compares with the predictions of the final exit.
+        labels: Class indices ``(images,)`` or probabilities ``(images, classes)``, whose largest is the label, as for
+            training: images without a label (-100, or all probabilities 0) are left out. ``None`` compares with the
+            predictions of the final exit.
         costs: Cost of an image that exits at each exit, in any unit: multiply-adds from :func:`exit_costs`, or
             milliseconds from :func:`~hf_selfkd.evaluation.exit_latencies`.
         target_cost: Largest mean cost, as a share of the final exit's, in (0, 1]; finds the best accuracy.
@@ -62,24 +65,28 @@ def calibrate(
     given = {"target_cost": target_cost, "max_accuracy_drop": max_accuracy_drop, "max_risk": max_risk}
     constraint = {name: value for name, value in given.items() if value is not None}
     _check_constraint(constraint, costs, delta)
-    num_images = _check_shapes(exit_logits, labels, costs)
+    _check_shapes(exit_logits, costs)
+    labels = None if labels is None else _classes(labels, exit_logits)
+    rows = _labelled(exit_logits, labels)
     if max_risk is None:
-        policy = fit_policy(exit_logits, labels, criterion)
-        policy = solve(policy, gather_evidence(exit_logits, labels, costs, policy), **constraint)
+        policy = fit_policy(exit_logits, labels, criterion, rows=rows)
+        policy = solve(policy, gather_evidence(exit_logits, labels, costs, policy, rows=rows), **constraint)
     else:
         constraint["delta"] = delta
-        policy = _guarantee(exit_logits, labels, costs, criterion, constraint)
+        policy = _guarantee(exit_logits, labels, costs, criterion, constraint, rows)
     if target_cost is None and not any(map(policy.is_reachable, range(policy.num_exits - 1))):
         words = ", ".join(f"{name}={value}" for name, value in constraint.items())
-        warnings.warn(f"No thresholds satisfy {words} on {num_images} images; early exit is disabled.", stacklevel=2)
+        warnings.warn(f"No thresholds satisfy {words} on {len(rows)} images; early exit is disabled.", stacklevel=2)
     reference = "deepest exit" if labels is None else "labels"  # as saved policies name the final exit
     return replace(policy, calibration=policy.calibration | {"reference": reference})
 
 
-def _guarantee(exit_logits: Any, labels: Any, costs: Sequence[float], criterion: str, constraint: dict) -> ExitPolicy:
+def _guarantee(
+    exit_logits: Any, labels: Any, costs: Sequence[float], criterion: str, constraint: dict, rows: Tensor
+) -> ExitPolicy:
     """Propose policies on a third of the images, and test them on the others."""
-    num_images, max_risk = len(exit_logits[0]), constraint["max_risk"]
-    in_random_order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    num_images, max_risk = len(rows), constraint["max_risk"]
+    in_random_order = rows[torch.randperm(num_images, generator=torch.Generator().manual_seed(0))]
     proposing = in_random_order[: num_images // 3].sort().values
     testing = in_random_order[num_images // 3 :].sort().values
     policy = fit_policy(exit_logits, labels, criterion, rows=proposing)
@@ -258,7 +265,7 @@ def _check_constraint(constraint: dict[str, float], costs: Sequence[float], delt
         raise ValueError(f"costs must be numbers above 0, but got {list(costs)!r}.")
 
 
-def _check_shapes(exit_logits: Any, labels: Any, costs: Sequence[float]) -> int:
+def _check_shapes(exit_logits: Any, costs: Sequence[float]) -> None:
     shapes = [tuple(logits.shape) for logits in exit_logits]
     if len(shapes) < 2 or len(set(shapes)) > 1 or len(shapes[0]) != 2:
         raise ValueError(
@@ -267,18 +274,21 @@ def _check_shapes(exit_logits: Any, labels: Any, costs: Sequence[float]) -> int:
         )
     if len(costs) != len(shapes):
         raise ValueError(f"costs must hold one cost per exit, {len(shapes)} in all, but got {len(costs)}.")
-    num_images, num_classes = shapes[0]
-    if num_images < 3:
-        raise ValueError(f"Calibration needs three images or more, but got {num_images}.")
-    if labels is not None:
-        labels = torch.as_tensor(labels)
-        if (
-            labels.shape != (num_images,)
-            or labels.is_floating_point()
-            or not 0 <= labels.min() <= labels.max() < num_classes
-        ):
-            raise ValueError(
-                f"labels must be {num_images} class indices from 0 to {num_classes - 1}, but got {labels.dtype} "
-                f"labels shaped {tuple(labels.shape)}."
-            )
-    return num_images
+
+
+def _classes(labels: Any, exit_logits: Any) -> Tensor:
+    """Return the class of each image ``(images,)``, -100 where there is none."""
+    num_images, num_classes = exit_logits[0].shape
+    labels = class_labels(labels, num_classes, "The calibration data")
+    if len(labels) != num_images:
+        raise ValueError(f"labels must hold one label per image, {num_images} in all, but got {len(labels)}.")
+    return as_classes(labels)
+
+
+def _labelled(exit_logits: Any, labels: Tensor | None) -> Tensor:
+    """Return the indices of the images with a label, or of all without labels."""
+    rows = torch.arange(len(exit_logits[0]))
+    rows = rows if labels is None else rows[(labels != UNLABELLED).cpu()]
+    if len(rows) < 3:
+        raise ValueError(f"Calibration needs three images or more with a label, but got {len(rows)}.")
+    return rows

@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import torch
 
+from ..models.labels import class_labels
 from .classification import compute_class_metrics, reduce_class_logits
 
 _DESCRIPTION = "Cross-entropy, accuracy and expected calibration error of every exit and of their ensemble."
@@ -61,6 +62,7 @@ class MultiExitAccuracy(evaluate.Metric):
                 "MultiExitAccuracy needs logits shaped (images, exits, classes) and as many class indices, but got "
                 f"{tuple(logits.shape)} and {tuple(labels.shape)}. Stack the exits' logits along dimension 1."
             )
+        labels = class_labels(labels, logits.shape[2], "A batch")
         predictions, _ = reduce_class_logits(logits.unbind(dim=1), labels)
         super().add_batch(predictions=predictions.cpu().numpy(), references=labels.cpu().numpy(), **kwargs)
 

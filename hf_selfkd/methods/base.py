@@ -129,6 +129,11 @@ class Method:
                 f"{type(self).__name__} trains models for {' and '.join(self.tasks)}, but {type(model).__name__} is "
                 f"one for {model.task}. Methods for {model.task}: {', '.join(able)}."
             )
+        if model.config.num_labels < 2 and model.task != "multi-label-classification":
+            raise ValueError(
+                f"A model with num_labels={model.config.num_labels} has nothing to learn: its loss is always 0. Build "
+                "it with num_labels=2 for two classes, of which one may be the background."
+            )
         if model.num_exits < self.min_exits:
             raise ValueError(
                 f"{type(self).__name__} needs at least {self.min_exits} exits, but the model has {model.num_exits}. "

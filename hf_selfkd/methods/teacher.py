@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..models.did_you_mean import did_you_mean
 from ..models.outputs import MultiExitOutput
+from .teacher_match import check_match
 
 
 # The inputs of the classifier of the teacher that is running in this thread. Not an attribute of the teacher: that
@@ -29,7 +30,8 @@ _active = _Active()
 class Teacher(nn.Module):
     """A frozen network: in eval mode also under ``train()``, without gradients, never saved.
 
-    It gets the student's images, in the precision of the run, so it must accept their size and normalisation. The
+    It gets the student's images, in the precision of the run, so it must accept their size and normalisation; a
+    warning says where it was trained on others. The
     teacher in a multi-exit model is its final exit.
 
     Args:
@@ -40,8 +42,9 @@ class Teacher(nn.Module):
 
     Raises:
         TypeError: If ``teacher`` is none of these.
-        ValueError: If nothing of that name exists, the teacher has other classes than the student or shares weights
-            with it, or ``with_features`` is set and the teacher has more than one classifier.
+        ValueError: If nothing of that name exists, the teacher has other classes than the student, or the same in
+            another order, or shares weights with it, or ``with_features`` is set and the teacher has more than one
+            classifier.
     """
 
     def __init__(self, teacher: nn.Module | str, model: nn.Module, *, with_features: bool = False):
@@ -53,6 +56,7 @@ class Teacher(nn.Module):
                 f"The teacher has {num_classes} classes, but the model has {model.config.num_labels}. "
                 "Choose a teacher that was trained on the classes of the data."
             )
+        check_match(network, model)
         if set(network.parameters()) & set(model.parameters()):
             raise ValueError("The teacher shares weights with the model in training. Pass a copy of it.")
         self.network = _core(network).requires_grad_(False).eval()

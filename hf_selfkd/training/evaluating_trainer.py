@@ -14,7 +14,7 @@ from ..methods.base import multi_exit_model
 from ..model_card.facts import Evaluation
 from ..tasks import task_of
 from . import hyper_parameters, resume
-from .batches import seeded
+from .batches import checked_collator, seeded
 from .settings import swapped
 
 
@@ -35,12 +35,14 @@ class EvaluatingTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Return the evaluation loader; its samples are checked."""
-        with swapped(self, eval_dataset=seeded(self.eval_dataset, self, "evaluation")):
+        data = seeded(self.eval_dataset, self, "evaluation")
+        with swapped(self, eval_dataset=data, **checked_collator(self, "evaluation")):
             return super().get_eval_dataloader(seeded(eval_dataset, self, "evaluation"))
 
     def get_test_dataloader(self, test_dataset):
         """Return the test loader; its samples are checked."""
-        return super().get_test_dataloader(seeded(test_dataset, self, "test"))
+        with swapped(self, **checked_collator(self, "test")):
+            return super().get_test_dataloader(seeded(test_dataset, self, "test"))
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

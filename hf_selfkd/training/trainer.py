@@ -16,9 +16,11 @@ from ..model_card.facts import collect_facts
 from ..tasks import task_of
 from . import hub, label_losses, recipe, resume, settings
 from .attachment import Attachment
-from .batches import add_indices, prepare_batch, seeded
+from .batches import add_indices, checked_collator, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
+from .class_balance import ClassBalance
 from .evaluating_trainer import EvaluatingTrainer
+from .label_callbacks import CheckLabels
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
 from .run_arguments import described
@@ -28,6 +30,7 @@ from .streaming import SeededStream, StreamPosition
 
 # Overridden private methods of Trainer, and why; a test pins each. Only loss_sums touches private fields of Trainer.
 PRIVATE_HOOKS = {
+    "_get_train_sampler": "no argument of TrainingArguments samples by class",
     "_prepare_inputs": "uint8 images are normalised, and ignored pixels become -100, on the device",
     "_init_training_state": "a stream resumes where it was; a run that ended in mid-epoch takes no further step",
     "_get_output_dir": "a checkpoint is written aside ...",
@@ -64,6 +67,9 @@ class SelfDistillationTrainer(EvaluatingTrainer):
             ``v2.MixUp``, under random states of seed, step and process; labels become probabilities.
         card: Facts for the model card that the run does not hold, such as ``{"dataset": "cifar10"}``: arguments of
             :func:`~hf_selfkd.model_card.facts.collect_facts`. ``save_model`` and ``push_to_hub`` write the card.
+        class_weights: Weights of the classes in every label term, one per class, or ``"balanced"`` for the inverse of
+            their frequency in the training data. A term is the mean of weight times loss. Metrics stay unweighted.
+        balanced_sampling: Whether to draw every class equally often, with replacement.
         max_skipped_batches: Number of batches with NaN or infinity that may be skipped; each counts as a step and is
             logged as ``skipped_batches``.
         save_on_sigterm: Whether SIGTERM saves a checkpoint at the end of the step and ends the process with status
@@ -93,6 +99,8 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         ema_decay: float | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         card: dict[str, Any] | None = None,
+        class_weights: Sequence[float] | str | None = None,
+        balanced_sampling: bool = False,
         max_skipped_batches: int = 0,
         save_on_sigterm: bool = False,
         predict_all_exits: bool = False,
@@ -119,10 +127,18 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         if model is not None:
             settings.attach_method(self.method, model, args, has_mix=mix is not None, optimizer=optimizers[0])
         super().__init__(model=model, args=described(settings.own_arguments(args), self), **kwargs)
+        self.balance, self.label_checks = ClassBalance(self, class_weights, balanced_sampling), CheckLabels(self)
         hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
-        others = (self.average, self.restore, self.card_recorder, hub.ReportPushes(self))
+        others = (
+            self.label_checks,
+            self.balance,
+            self.average,
+            self.restore,
+            self.card_recorder,
+            hub.ReportPushes(self),
+        )
         for callback in filter(None, (*steps, *others)):
             self.add_callback(callback)
 
@@ -158,6 +174,7 @@ class SelfDistillationTrainer(EvaluatingTrainer):
                 f"A batch needs pixel_values and labels, but has {', '.join(inputs)}. Name the columns so in the data."
             )
         images, labels = inputs["pixel_values"], inputs["labels"]
+        self.label_checks.observe(labels)
         if self.model.training:
             loss, output = self._training_loss(model, images, labels)
         else:
@@ -172,9 +189,10 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         with counted_over_processes(), label_loss(self.label_loss) as losses:
             terms = self.method.terms(output, labels, self.state.epoch or 0.0)
         if self.label_loss is not None and not losses:
+            name = "class_weights" if self.compute_loss_func is None else "compute_loss_func"
             raise ValueError(
-                f"compute_loss_func has no effect on {type(self.method).__name__}, which does not take its label loss "
-                "from hf_selfkd.functional.cross_entropy. Call that in the method, or leave compute_loss_func out."
+                f"{name} has no effect on {type(self.method).__name__}, which does not take its label loss from "
+                f"hf_selfkd.functional.cross_entropy. Call that in the method, or leave {name} out."
             )
         loss = add(terms.values())
         named = {f"loss/{name}": term for name, term in terms.items()}
@@ -223,11 +241,14 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         steps = self.args.gradient_accumulation_steps
         batch_size = self.get_total_train_batch_size(self.args) // (steps * self.args.world_size)
         data = seeded(self.train_dataset, self, "training", batch_size)
-        with settings.swapped(self, train_dataset=data):
+        with settings.swapped(self, train_dataset=data, **checked_collator(self, "training")):
             loader = super().get_train_dataloader()
         self.seed_data.follow(data)
         stream = self.stream_position.follow(data, loader, steps)
         return stream or (add_indices(loader) if self.is_in_train else loader)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.balance.sampler() or super()._get_train_sampler(train_dataset)
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
