@@ -15,9 +15,11 @@ from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, u
 from .configuration import MultiExitConfig
 from .dry_run import measure
 from .exit_policy import resolve_policy
+from .freezing import BackboneFreezing
 from .hooks import attach_hooks
 from .loss import cross_entropy
 from .outputs import MultiExitOutput
+from .rebuild import check_rebuilds
 from .stages import Anatomy, choose_stages
 from .timm_factory import create_backbone, create_recorded, data_config
 from .untrusted import check_new_values, limited
@@ -26,7 +28,7 @@ from .untrusted import check_new_values, limited
 _UPLOAD_ARGUMENTS = ("commit_message", "create_pr", "private", "repo_id", "revision", "token")
 
 
-class MultiExitPreTrainedModel(PreTrainedModel):
+class MultiExitPreTrainedModel(BackboneFreezing, PreTrainedModel):
     """Base class of the classification and the segmentation model: building, initialising, saving and loading.
 
     Args:
@@ -56,7 +58,6 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         self.backbone = backbone if backbone is not None else self._create_backbone(config.num_labels)
         self.anatomy = anatomy if anatomy is not None else measure(self.backbone)
         attach_hooks(self.backbone, [stage.module for stage in self.anatomy.stages])
-        self._backbone_frozen = False
         self.scaffold: nn.Module | None = None
         self.shrinks_batch: bool | None = None  # unknown until the first batch exits early
         config.pretrained_cfg = data_config(self.backbone, config.small_input_stem) | (config.pretrained_cfg or {})
@@ -156,6 +157,8 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         # for another number of classes. All others keep their values, see post_init.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
+        elif getattr(getattr(module, "running_mean", None), "_is_hf_initialized", False):
+            module.num_batches_tracked.zero_()  # the checkpoint lacks only this, see is_optional
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
@@ -175,23 +178,6 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     def num_exits(self) -> int:
         """Number of exits, the final exit included."""
         return len(self.exit_stages) + 1
-
-    def freeze_backbone(self) -> None:
-        """Freeze the backbone: no gradients, and eval mode also under ``train()``.
-
-        With ``deep_supervision`` this adds exits to a trained network without changing its predictions.
-        """
-        self._backbone_frozen = True
-        self.backbone.requires_grad_(False)
-        self.backbone.eval()
-
-    def train(self, mode: bool = True):
-        """Switch between training and evaluation; a frozen backbone stays in evaluation."""
-        super().train(mode)
-        self.shrinks_batch = None  # weights may change
-        if self._backbone_frozen:
-            self.backbone.eval()
-        return self
 
     @classmethod
     def from_pretrained(
@@ -266,6 +252,8 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         before = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         state_dict = self.state_dict() if state_dict is None else state_dict
         weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith("scaffold.")}
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            check_rebuilds(self, weights)
         super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
         if is_main_process and os.path.isdir(save_directory):
             self._save_image_processor(save_directory)
