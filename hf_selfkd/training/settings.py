@@ -14,6 +14,7 @@ from ..methods import Method
 from ..methods.base import multi_exit_model
 from ..model_card.facts import collect_facts
 from ..tasks import task_of
+from .adapters import warn_of_frozen_heads
 from .hub import HiddenToken
 
 
@@ -71,6 +72,7 @@ def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, 
             f"label_smoothing_factor and mix make probabilities of labels, which {network.task} does not take. Do not "
             "set them."
         )
+    warn_of_frozen_heads(model)
     torch.manual_seed(args.seed)
     method.attach(network)
     network.add_model_tags(method.name.split("+"))

@@ -15,7 +15,7 @@ from ..methods.base import multi_exit_model
 from ..model_card.card import write_model_card
 from ..model_card.facts import Evaluation, collect_facts
 from ..tasks import task_of
-from . import hub, recipe, resume, settings
+from . import adapters, hub, recipe, resume, settings
 from .batches import add_indices, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
 from .loss_sums import LossSums
@@ -200,19 +200,21 @@ class SelfDistillationTrainer(Trainer):
         steps = self.args.gradient_accumulation_steps
         batch_size = self.get_total_train_batch_size(self.args) // (steps * self.args.world_size)
         data = seeded(self.train_dataset, self, "training", batch_size)
-        with settings.swapped(self, train_dataset=data):
+        with resume.uncompiled(self), settings.swapped(self, train_dataset=data):
             loader = super().get_train_dataloader()
         self.seed_data.follow(data)
         return self.stream_position.follow(data, loader, steps) or add_indices(loader)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Return the evaluation loader; its samples are checked."""
-        with settings.swapped(self, eval_dataset=seeded(self.eval_dataset, self, "evaluation")):
+        data = seeded(self.eval_dataset, self, "evaluation")
+        with resume.uncompiled(self), settings.swapped(self, eval_dataset=data):
             return super().get_eval_dataloader(seeded(eval_dataset, self, "evaluation"))
 
     def get_test_dataloader(self, test_dataset):
         """Return the test loader; its samples are checked."""
-        return super().get_test_dataloader(seeded(test_dataset, self, "test"))
+        with resume.uncompiled(self):
+            return super().get_test_dataloader(seeded(test_dataset, self, "test"))
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
@@ -275,7 +277,7 @@ class SelfDistillationTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as ``Trainer`` does, and its card; checkpoints have none."""
-        with resume.uncompiled(self):
+        with resume.inference_weights(self), adapters.card_kept(self, output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and not (self.args.push_to_hub and output_dir is None):  # pushing wrote the card
             self.create_model_card(folder=output_dir)
