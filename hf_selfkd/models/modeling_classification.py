@@ -13,7 +13,7 @@ from .dry_run import input_shape
 from .early_exit import exit_early
 from .exit_policy import ExitPolicy, resolve_policy
 from .heads import create_head
-from .hooks import Collector, join_features, run
+from .hooks import Collector, check_seen, join_features, run
 from .modeling_base import MultiExitPreTrainedModel
 from .outputs import EarlyExitOutput, MultiExitOutput
 from .stages import choose_stages
@@ -62,6 +62,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             return early if return_dict is not False else early.to_tuple()
         seen = Collector()
         logits = run(self.backbone, self.anatomy, pixel_values, seen)
+        check_seen(self.backbone, self.anatomy, seen)
         image_size = tuple(pixel_values.shape[-2:])
         outputs = []
         for head, stage in zip(self.exits, self.exit_stages, strict=True):

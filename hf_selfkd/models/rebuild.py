@@ -46,11 +46,15 @@ def check_rebuilds(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     adds = sorted(shapes.keys() - built.keys())
     others = sorted(name for name in built.keys() & shapes.keys() if built[name] != shapes[name])
     if lacks or adds or others:
-        example = f" {others[0]} is {shapes[others[0]]} instead of {built[others[0]]}." if others else ""
+        differences = [f"it lacks {shorten(lacks)}"] if lacks else []
+        if adds:
+            differences.append(f"it has {shorten(adds)} in addition")
+        if others:
+            shape = f"{shapes[others[0]]} instead of {built[others[0]]}"
+            differences.append(f"the shape of {others[0]} is {shape} ({len(others)} in all)")
         raise ValueError(
-            "The model is not the one that its configuration builds, so from_pretrained could not load it. It lacks "
-            f"{shorten(lacks)}, has {shorten(adds)} in addition, and {shorten(others)} have other shapes.{example} "
-            f"Nothing was saved. {_advice(model)}"
+            "The model is not the one that its configuration builds, so from_pretrained could not load it: "
+            f"{', and '.join(differences)}. Nothing was saved. {_advice(model)}"
         )
     found = _table_shapes(model)
     if differing := sorted(name for name in tables.keys() & found.keys() if tables[name] != found[name]):
@@ -79,9 +83,9 @@ def _advice(model: Any) -> str:
         return "Save the adapter from the PEFT model, or merge it first with merge_and_unload()."
     if num_classes not in (0, config.num_labels):
         return (
-            f"The classifier was replaced by one for {num_classes} classes, but config.num_labels is "
-            f"{config.num_labels}, which all exits have. Build the model with num_labels={num_classes}, or load a "
-            f"checkpoint with num_labels={num_classes}, ignore_mismatched_sizes=True."
+            f"The classifier has {num_classes} classes, but config.num_labels is {config.num_labels}: one of them was "
+            "replaced, and the exits were not. Build the model with the new num_labels, or load a checkpoint with "
+            "num_labels=..., ignore_mismatched_sizes=True."
         )
     return (
         "Give what changes the backbone (set_input_size, another classifier) as arguments when building it, such as "

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..models.checkpoint_files import is_optional, shorten
+from ..models.checkpoint_files import shorten
 from .checkpoints import (
     AVERAGE_NAME,
     SCAFFOLD_NAME,
@@ -170,7 +170,7 @@ def check_checkpoint(folder: str, network: nn.Module, method: str) -> None:
         return
     shared = network._tied_weights_keys or {}  # saved once, under another name
     expected = [name for name in network.state_dict() if not name.startswith("scaffold.")]
-    missing = [name for name in expected if name not in saved | set(shared) and not is_optional(name)]
+    missing = [name for name in expected if name not in saved and name not in shared]
     unexpected = sorted(saved - set(expected))
     if missing or unexpected:
         raise ValueError(

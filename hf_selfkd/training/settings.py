@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..methods import Method
 from ..methods.base import multi_exit_model
 from ..model_card.facts import collect_facts
+from ..models.rebuild import check_rebuilds
 from ..tasks import task_of
-from .adapters import warn_of_frozen_heads
+from .adapters import is_adapted, warn_of_frozen_heads
 from .hub import HiddenToken
 
 
@@ -73,6 +75,8 @@ def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, 
             "set them."
         )
     warn_of_frozen_heads(model)
+    if args.save_strategy != SaveStrategy.NO and not is_adapted(network):
+        check_rebuilds(network, network.state_dict())
     torch.manual_seed(args.seed)
     method.attach(network)
     network.add_model_tags(method.name.split("+"))
