@@ -22,6 +22,7 @@ from .outputs import MultiExitOutput
 from .rebuild import check_rebuilds
 from .stages import Anatomy, choose_stages
 from .timm_factory import create_backbone, create_recorded, data_config
+from .timm_instance import record_instance
 from .untrusted import check_new_values, limited
 
 # The arguments of save_pretrained that are about the upload.
@@ -66,26 +67,39 @@ class MultiExitPreTrainedModel(BackboneFreezing, PreTrainedModel):
             resolve_policy(None, config.exit_policy, self.num_exits)
 
     @classmethod
-    def from_backbone(cls, backbone: str, *, pretrained: bool = False, num_labels: int | None = None, **config):
+    def from_backbone(
+        cls, backbone: str | nn.Module, *, pretrained: bool = False, num_labels: int | None = None, **config
+    ):
         """Build a model on a timm backbone, pretrained or not.
 
         Args:
             backbone: Any name that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of
-                weights is given as ``backbone_kwargs={"checkpoint_path": ...}``.
-            pretrained: Whether to load timm's weights.
-            num_labels: Number of classes; ``None`` keeps timm's classifier and, if pretrained, its label names.
+                weights is given as ``backbone_kwargs={"checkpoint_path": ...}``. Or a model that
+                ``timm.create_model`` built, which is copied with its weights, on its device and in its precision.
+            pretrained: Whether to load timm's weights, for a name.
+            num_labels: Number of classes; ``None`` keeps timm's classifier and, if it has weights, its label names.
             config: Fields of :class:`MultiExitConfig`.
 
         Raises:
-            ValueError: If ``exit_width`` would replace the pretrained classifier that ``num_labels=None`` keeps.
+            ValueError: If ``exit_width`` would replace the pretrained classifier that ``num_labels=None`` keeps; if a
+                model cannot be rebuilt from its name and the arguments that timm recorded; or if ``pretrained`` is
+                set for a model.
+            TypeError: If ``backbone`` is neither a name nor a timm model.
         """
-        if pretrained and num_labels is None and config.get("exit_width") is not None:
+        is_name = isinstance(backbone, str)
+        if pretrained and not is_name:
+            raise ValueError("pretrained loads timm's weights by name, but the timm model has weights. Do not set it.")
+        if (pretrained or not is_name) and num_labels is None and config.get("exit_width") is not None:
             raise ValueError(
                 "exit_width puts a new classifier on the backbone, so the pretrained one would be lost. "
                 "Pass num_labels if that is intended, or leave exit_width at None."
             )
-        built, model = create_recorded(backbone, pretrained, num_labels, config)
-        return cls(built, backbone=model)
+        if is_name:
+            built, model = create_recorded(backbone, pretrained, num_labels, config)
+            return cls(built, backbone=model)
+        built, model = record_instance(backbone, num_labels, config)
+        first = next(backbone.parameters())
+        return cls(built, backbone=model).to(first.device, first.dtype)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         with limited(self.config):
