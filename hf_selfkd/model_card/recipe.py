@@ -44,6 +44,8 @@ def training_recipe(trainer: Trainer) -> dict[str, Any]:
         recipe |= {"lr_milestones": list(trainer.lr_milestones), "lr_gamma": trainer.lr_gamma}
     own = {
         "decay_norms": trainer.decay_norms,
+        "exit_learning_rate": trainer.exit_learning_rate,
+        "layer_decay": trainer.layer_decay,
         "ema_decay": None if trainer.average is None else trainer.average.decay,
         "mix": None if trainer.mix is None else getattr(trainer.mix, "__name__", type(trainer.mix).__name__),
         "frozen backbone": _frozen_part(trainer.network),

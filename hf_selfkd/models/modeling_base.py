@@ -17,6 +17,7 @@ from .dry_run import measure
 from .exit_policy import resolve_policy
 from .freezing import BackboneFreezing
 from .hooks import attach_hooks
+from .layers import GroupedLayers
 from .loss import cross_entropy
 from .outputs import MultiExitOutput
 from .rebuild import check_rebuilds
@@ -29,7 +30,7 @@ from .untrusted import check_new_values, limited
 _UPLOAD_ARGUMENTS = ("commit_message", "create_pr", "private", "repo_id", "revision", "token")
 
 
-class MultiExitPreTrainedModel(BackboneFreezing, PreTrainedModel):
+class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel):
     """Base class of the classification and the segmentation model: building, initialising, saving and loading.
 
     Args:

@@ -18,6 +18,7 @@ from ..tasks import task_of
 from . import adapters, hub, recipe, resume, settings
 from .batches import add_indices, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
+from .learning_rates import GroupedLearningRates, check_learning_rates
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
 from .seeded_data import INDICES
@@ -36,7 +37,7 @@ PRIVATE_HOOKS = {
 }
 
 
-class SelfDistillationTrainer(Trainer):
+class SelfDistillationTrainer(GroupedLearningRates, Trainer):
     """Train a multi-exit model with a self-distillation method.
 
     Each term of the method is logged as ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and
@@ -56,6 +57,10 @@ class SelfDistillationTrainer(Trainer):
             ``lr_scheduler_type`` (warm-up stays).
         lr_gamma: Factor of the learning rate at each milestone.
         decay_norms: Whether weight decay includes norms, biases and timm's ``no_weight_decay()``, as in the papers.
+        exit_learning_rate: Learning rate of the heads of all exits, the final exit's classifier included; ``None`` for
+            ``learning_rate``. Warm-up and schedule apply to both.
+        layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1], with
+            the layers of timm's ``group_matcher``; ``None`` for one learning rate.
         ema_decay: Decay of a moving average of the weights, in [0, 1), which is evaluated and kept; ``None`` for none.
         mix: Applied to ``(pixel_values, labels)`` of every training batch, on its device, such as torchvision's
             ``v2.MixUp``, under random states of seed, step and process; labels become probabilities.
@@ -84,6 +89,8 @@ class SelfDistillationTrainer(Trainer):
         lr_milestones: Sequence[float] = (),
         lr_gamma: float = 0.1,
         decay_norms: bool = False,
+        exit_learning_rate: float | None = None,
+        layer_decay: float | None = None,
         ema_decay: float | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         card: dict[str, Any] | None = None,
@@ -101,6 +108,8 @@ class SelfDistillationTrainer(Trainer):
         self.mix, self.card = mix, card or {}
         optimizers = (*kwargs.get("optimizers", ()), kwargs.get("optimizer_cls_and_kwargs"))
         self.has_own_optimizer = any(part is not None for part in optimizers)
+        self.exit_learning_rate, self.layer_decay = exit_learning_rate, layer_decay
+        check_learning_rates(exit_learning_rate, layer_decay, has_own_optimizer=self.has_own_optimizer)
         self.reduces_logits = compute_metrics is None and "preprocess_logits_for_metrics" not in kwargs
         self.aside: str | None = None  # the folder of a checkpoint while it is written
         self.sums, self.stream_position, self.seed_data = LossSums(self), StreamPosition(), SeedData()
