@@ -47,6 +47,8 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
     accepts_loss_kwargs = False
     model_tags = ["hf_selfkd", "timm", "image-classification", "multi-exit", "self-distillation", "early-exit"]
     task = "image-classification"
+    # The classes that load a checkpoint without this library, by their auto class.
+    auto_classes: dict[str, str] = {}
 
     # Set by Method.attach. Exits that read detached feature maps leave the training of the backbone unchanged.
     detach_exits = False
@@ -269,6 +271,8 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
         weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith("scaffold.")}
         if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
             check_rebuilds(self, weights)
+        if self._auto_class is not None:  # transformers adds the class that is saved and no other
+            self.config.auto_map = self.auto_classes | (getattr(self.config, "auto_map", None) or {})
         super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
         if is_main_process and os.path.isdir(save_directory):
             self._save_image_processor(save_directory)
