@@ -1,6 +1,8 @@
 """Adapters of the real PEFT: trained, saved, resumed and loaded with every method."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -122,3 +124,12 @@ def test_an_adapter_in_a_compiled_model_is_saved_as_an_adapter(build, images, tm
     names = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert any("lora_A" in name for name in names)
     assert not any("_orig_mod" in name for name in names)
+
+
+def test_the_documented_adapter_runs(build, images, tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    monkeypatch.chdir(tmp_path)
+    args = TrainingArguments("run", max_steps=1, report_to=[], use_cpu=True)
+    for snippet in re.findall(r"```py\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        exec(snippet, {"model": build("test_vit"), "args": args, "data": images})
+    assert load_file("merged/model.safetensors").keys() == load_file("base/model.safetensors").keys()
