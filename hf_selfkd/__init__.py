@@ -9,7 +9,7 @@ Importing the package registers the models with transformers: ``AutoModelForImag
 load checkpoints without ``trust_remote_code``.
 """
 
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from ._version import __version__ as __version__
@@ -19,7 +19,7 @@ from .evaluation import exit_costs
 from .methods import Method, get_method, list_methods
 from .models.configuration import MultiExitConfig
 from .models.exit_policy import ExitPolicy
-from .models.modeling_classification import MultiExitForImageClassification
+from .models.modeling_classification import MultiExitForImageClassification, MultiExitModel
 from .models.modeling_segmentation import MultiExitForSemanticSegmentation
 from .models.outputs import EarlyExitOutput, MultiExitOutput
 from .training import SelfDistillationTrainer
@@ -33,6 +33,7 @@ __all__ = [
     "MultiExitConfig",
     "MultiExitForImageClassification",
     "MultiExitForSemanticSegmentation",
+    "MultiExitModel",
     "MultiExitOutput",
     "SelfDistillationTrainer",
     "calibrate",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig)
+AutoModel.register(MultiExitConfig, MultiExitModel)
 AutoModelForImageClassification.register(MultiExitConfig, MultiExitForImageClassification)
 AutoModelForSemanticSegmentation.register(MultiExitConfig, MultiExitForSemanticSegmentation)
 # pipeline("image-segmentation") checks only this table, which does not include registered models.
@@ -51,6 +53,7 @@ MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[MultiExitConfig.model_type] = Mult
 # Checkpoints carry the modules that build them, for those who load with trust_remote_code and without this library.
 MultiExitConfig.register_for_auto_class()
 MultiExitForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MultiExitModel.register_for_auto_class("AutoModel")
 MultiExitForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 

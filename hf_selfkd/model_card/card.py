@@ -13,7 +13,7 @@ from ..tasks import task_of
 from .environment import device_name
 from .facts import CardFacts, source_of_weights
 from .storage import as_stored, load_facts, save_card
-from .values import exit_scores, template_values
+from .values import exit_scores, is_adapter, template_values
 
 PICTURE = "anytime_curve.png"
 _TEMPLATE = Path(__file__).parent / "template.md"
@@ -100,7 +100,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         language=facts.language,
         license=facts.license,
-        library_name="transformers",
+        library_name="peft" if is_adapter(model) else "transformers",
         pipeline_tag=model.task,
         tags=[*model.model_tags, *(method["name"] for method in facts.methods), *facts.tags],
         datasets=list(facts.dataset_tags) or None,

@@ -5,6 +5,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from .environment import device_name
@@ -45,12 +46,22 @@ def training_recipe(trainer: Trainer) -> dict[str, Any]:
         "decay_norms": trainer.decay_norms,
         "class_weights": trainer.balance.description,
         "balanced_sampling": trainer.balance.sampling,
+        "exit_learning_rate": trainer.exit_learning_rate,
+        "layer_decay": trainer.layer_decay,
         "ema_decay": None if trainer.average is None else trainer.average.decay,
         "mix": None if trainer.mix is None else getattr(trainer.mix, "__name__", type(trainer.mix).__name__),
-        "frozen backbone": trainer.network._backbone_frozen,
+        "frozen backbone": _frozen_part(trainer.network),
         "processes": args.world_size if args.world_size > 1 else None,
     }
     return recipe | {name: value for name, value in own.items() if value} | {"device": device_name(args.device)}
+
+
+def _frozen_part(network: nn.Module) -> bool | str:
+    """Return whether ``freeze_backbone`` froze the backbone, or how much of it."""
+    frozen = [not parameter.requires_grad for parameter in network.backbone.parameters()]
+    if all(frozen) or not network._backbone_frozen:
+        return all(frozen)
+    return f"{sum(frozen)} of {len(frozen)} tensors" if any(frozen) else False
 
 
 def _duration(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def template_values(
         "facts": facts,
         "config": config,
         "task": task,
-        "example": task.example.format(repository=facts.repository),
+        "is_adapter": is_adapter(model),
+        "example": _example(model).format(repository=facts.repository),
         "input_size": "x".join(str(side) for side in config.pretrained_cfg["input_size"]),
         "backbone_kwargs": json.dumps(config.backbone_kwargs, sort_keys=True),
         "stages": model.exit_stages,
@@ -57,6 +58,22 @@ def template_values(
         "citations": cite(papers(facts.methods, config.exit_policy)),
         "table": to_table,
     }
+
+
+def is_adapter(model: PreTrainedModel) -> bool:
+    """Whether PEFT has put an adapter into the model, which is then all that the checkpoint holds."""
+    return hasattr(model, "peft_config")
+
+
+def _example(model: PreTrainedModel) -> str:
+    if not is_adapter(model):
+        return task_of(model).example
+    name = type(model).__name__
+    return f"""from hf_selfkd import {name}
+from peft import PeftModel
+
+base = {name}.from_pretrained("...")  # the model that the adapter was trained on
+model = PeftModel.from_pretrained(base, "{{repository}}")"""
 
 
 def results(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only  # see hooks.py
 
-from .hooks import Collector, attach_stage_hook, join_features, run
+from .hooks import Collector, attach_hooks, attach_stage_hook, join_features, run
 from .stages import Anatomy
 from .timm_quirks import classifiers, copy_module
 
@@ -138,6 +138,10 @@ def copy_tail(
     )
     if not anatomy.hooked:
         raise ValueError(refused)
+    fresh = create()
+    if fresh.state_dict().keys() != backbone.state_dict().keys():  # adapters (PEFT), which a branch does not need
+        attach_hooks(fresh, [end.module for end in anatomy.stages])
+        backbone = fresh.to(next(backbone.parameters()))
     tail = Tail(_trainable_copy(backbone), anatomy, stage, image_shape)
     try:
         same = _cut(tail)
@@ -145,8 +149,8 @@ def copy_tail(
         raise ValueError(refused) from error
     if not same:
         raise ValueError(refused)
-    fresh = create().state_dict()
-    tail.backbone.load_state_dict({name: fresh[name] for name in tail.backbone.state_dict()})
+    state = fresh.state_dict()
+    tail.backbone.load_state_dict({name: state[name] for name in tail.backbone.state_dict()})
     return tail.train()
 
 

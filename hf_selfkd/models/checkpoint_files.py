@@ -66,7 +66,8 @@ def check_loaded(source, info: dict[str, Any], ignore_mismatched_sizes: bool) ->
     Raises:
         ValueError: If weights and configuration do not match.
     """
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing = sorted(name for name in info["missing_keys"] if not is_optional(name))
+    unexpected = sorted(info["unexpected_keys"])
     if missing or unexpected:
         raise ValueError(
             f"The weights in {source} do not match its configuration. Missing keys: {shorten(missing)}. Unexpected "
@@ -79,6 +80,11 @@ def check_loaded(source, info: dict[str, Any], ignore_mismatched_sizes: bool) ->
             f"{tuple(expected)} ({len(info['mismatched_keys'])} keys in all). With ignore_mismatched_sizes=True "
             "they are newly initialised."
         )
+
+
+def is_optional(name: str) -> bool:
+    """Whether a checkpoint may lack a tensor: the counter of batch norm, which frozen batch norm does not have."""
+    return name.endswith(".num_batches_tracked")
 
 
 def shorten(names: Collection[str]) -> str:

@@ -107,6 +107,26 @@ def run(backbone: nn.Module, anatomy: Anatomy, pixel_values: Tensor, visitor: Vi
         _active.visitor = previous
 
 
+def check_seen(backbone: nn.Module, anatomy: Anatomy, seen: Collector) -> None:
+    """Check that all stages and the classifier were reported: modules that were replaced have lost their hooks.
+
+    Raises:
+        ValueError: If one was not.
+    """
+    silent = [stage.module for index, stage in enumerate(anatomy.stages) if index not in seen.outputs]
+    if silent:
+        raise ValueError(
+            f"The module {silent[0]} of the backbone, which ends a stage, was replaced after the model was built, so "
+            "its output is not seen. Change the backbone first and build the model with from_backbone(backbone)."
+        )
+    if not seen.features:
+        raise ValueError(
+            f"The classifier of the backbone was replaced by one for {backbone.num_classes} classes after the model "
+            "was built. Build the model with num_labels, or load a checkpoint with num_labels=..., "
+            "ignore_mismatched_sizes=True, so that all exits get these classes."
+        )
+
+
 def keep_rows(output: Any, rows: Tensor, batch_size: int) -> Any:
     """Keep the ``rows`` of every tensor in a stage's raw output.
 

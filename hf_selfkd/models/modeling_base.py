@@ -15,18 +15,22 @@ from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, u
 from .configuration import MultiExitConfig
 from .dry_run import measure
 from .exit_policy import resolve_policy
+from .freezing import BackboneFreezing
 from .hooks import attach_hooks
+from .layers import GroupedLayers
 from .loss import cross_entropy
 from .outputs import MultiExitOutput
+from .rebuild import check_rebuilds
 from .stages import Anatomy, choose_stages
 from .timm_factory import create_backbone, create_recorded, data_config
+from .timm_instance import record_instance
 from .untrusted import check_new_values, limited
 
 # The arguments of save_pretrained that are about the upload.
 _UPLOAD_ARGUMENTS = ("commit_message", "create_pr", "private", "repo_id", "revision", "token")
 
 
-class MultiExitPreTrainedModel(PreTrainedModel):
+class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel):
     """Base class of the classification and the segmentation model: building, initialising, saving and loading.
 
     Args:
@@ -43,6 +47,8 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     model_tags = ["hf_selfkd", "timm", "image-classification", "multi-exit", "self-distillation", "early-exit"]
     task = "image-classification"
+    # The classes that load a checkpoint without this library, by their auto class.
+    auto_classes: dict[str, str] = {}
 
     # Set by Method.attach. Exits that read detached feature maps leave the training of the backbone unchanged.
     detach_exits = False
@@ -56,7 +62,6 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         self.backbone = backbone if backbone is not None else self._create_backbone(config.num_labels)
         self.anatomy = anatomy if anatomy is not None else measure(self.backbone)
         attach_hooks(self.backbone, [stage.module for stage in self.anatomy.stages])
-        self._backbone_frozen = False
         self.scaffold: nn.Module | None = None
         self.shrinks_batch: bool | None = None  # unknown until the first batch exits early
         config.pretrained_cfg = data_config(self.backbone, config.small_input_stem) | (config.pretrained_cfg or {})
@@ -65,26 +70,39 @@ class MultiExitPreTrainedModel(PreTrainedModel):
             resolve_policy(None, config.exit_policy, self.num_exits)
 
     @classmethod
-    def from_backbone(cls, backbone: str, *, pretrained: bool = False, num_labels: int | None = None, **config):
+    def from_backbone(
+        cls, backbone: str | nn.Module, *, pretrained: bool = False, num_labels: int | None = None, **config
+    ):
         """Build a model on a timm backbone, pretrained or not.
 
         Args:
             backbone: Any name that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of
-                weights is given as ``backbone_kwargs={"checkpoint_path": ...}``.
-            pretrained: Whether to load timm's weights.
-            num_labels: Number of classes; ``None`` keeps timm's classifier and, if pretrained, its label names.
+                weights is given as ``backbone_kwargs={"checkpoint_path": ...}``. Or a model that
+                ``timm.create_model`` built, which is copied with its weights, on its device and in its precision.
+            pretrained: Whether to load timm's weights, for a name.
+            num_labels: Number of classes; ``None`` keeps timm's classifier and, if it has weights, its label names.
             config: Fields of :class:`MultiExitConfig`.
 
         Raises:
-            ValueError: If ``exit_width`` would replace the pretrained classifier that ``num_labels=None`` keeps.
+            ValueError: If ``exit_width`` would replace the pretrained classifier that ``num_labels=None`` keeps; if a
+                model cannot be rebuilt from its name and the arguments that timm recorded; or if ``pretrained`` is
+                set for a model.
+            TypeError: If ``backbone`` is neither a name nor a timm model.
         """
-        if pretrained and num_labels is None and config.get("exit_width") is not None:
+        is_name = isinstance(backbone, str)
+        if pretrained and not is_name:
+            raise ValueError("pretrained loads timm's weights by name, but the timm model has weights. Do not set it.")
+        if (pretrained or not is_name) and num_labels is None and config.get("exit_width") is not None:
             raise ValueError(
                 "exit_width puts a new classifier on the backbone, so the pretrained one would be lost. "
                 "Pass num_labels if that is intended, or leave exit_width at None."
             )
-        built, model = create_recorded(backbone, pretrained, num_labels, config)
-        return cls(built, backbone=model)
+        if is_name:
+            built, model = create_recorded(backbone, pretrained, num_labels, config)
+            return cls(built, backbone=model)
+        built, model = record_instance(backbone, num_labels, config)
+        first = next(backbone.parameters())
+        return cls(built, backbone=model).to(first.device, first.dtype)
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         with limited(self.config):
@@ -163,6 +181,8 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         # for another number of classes. All others keep their values, see post_init.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
+        elif getattr(getattr(module, "running_mean", None), "_is_hf_initialized", False):
+            module.num_batches_tracked.zero_()  # the checkpoint lacks only this, see is_optional
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
@@ -182,23 +202,6 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     def num_exits(self) -> int:
         """Number of exits, the final exit included."""
         return len(self.exit_stages) + 1
-
-    def freeze_backbone(self) -> None:
-        """Freeze the backbone: no gradients, and eval mode also under ``train()``.
-
-        With ``deep_supervision`` this adds exits to a trained network without changing its predictions.
-        """
-        self._backbone_frozen = True
-        self.backbone.requires_grad_(False)
-        self.backbone.eval()
-
-    def train(self, mode: bool = True):
-        """Switch between training and evaluation; a frozen backbone stays in evaluation."""
-        super().train(mode)
-        self.shrinks_batch = None  # weights may change
-        if self._backbone_frozen:
-            self.backbone.eval()
-        return self
 
     @classmethod
     def from_pretrained(
@@ -273,6 +276,10 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         before = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         state_dict = self.state_dict() if state_dict is None else state_dict
         weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith("scaffold.")}
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            check_rebuilds(self, weights)
+        if self._auto_class is not None:  # transformers adds the class that is saved and no other
+            self.config.auto_map = self.auto_classes | (getattr(self.config, "auto_map", None) or {})
         super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
         if is_main_process and os.path.isdir(save_directory):
             self._save_image_processor(save_directory)

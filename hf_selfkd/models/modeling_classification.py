@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .branches import Tail, copy_tail
 from .configuration import MultiExitConfig
@@ -13,7 +14,7 @@ from .dry_run import input_shape
 from .early_exit import exit_early
 from .exit_policy import ExitPolicy, resolve_policy
 from .heads import create_head
-from .hooks import Collector, join_features, run
+from .hooks import Collector, check_seen, join_features, run
 from .modeling_base import MultiExitPreTrainedModel
 from .outputs import EarlyExitOutput, MultiExitOutput
 from .stages import choose_stages
@@ -29,6 +30,11 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         config: Configuration of the model.
         backbone: A finished timm model for ``config.backbone``; ``None`` to build one with timm's initialisation.
     """
+
+    auto_classes = {
+        "AutoModel": "modeling_classification.MultiExitModel",
+        "AutoModelForImageClassification": "modeling_classification.MultiExitForImageClassification",
+    }
 
     def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
         anatomy = rehearse(MultiExitForImageClassification, config) if backbone is None else None
@@ -63,6 +69,7 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             return early if return_dict is not False else early.to_tuple()
         seen = Collector()
         logits = run(self.backbone, self.anatomy, pixel_values, seen)
+        check_seen(self.backbone, self.anatomy, seen)
         image_size = tuple(pixel_values.shape[-2:])
         outputs = []
         for head, stage in zip(self.exits, self.exit_stages, strict=True):
@@ -164,3 +171,52 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
 
     def _feature_map(self, stage: int, output: Any, image_size: tuple[int, int]) -> Tensor:
         return self.anatomy.stages[stage].to_feature_map(output, image_size) if self.anatomy.hooked else output
+
+
+class MultiExitModel(MultiExitForImageClassification):
+    """The features of a multi-exit classifier: what ``AutoModel`` and ``pipeline("image-feature-extraction")`` load.
+
+    Args:
+        config: Configuration of the model.
+        backbone: As for :class:`MultiExitForImageClassification`.
+
+    Raises:
+        ValueError: If the checkpoint is one for segmentation, whose backbone has no head to pool with.
+    """
+
+    def __init__(self, config: MultiExitConfig, backbone: nn.Module | None = None):
+        if any("Segmentation" in name for name in config.architectures or []):
+            raise ValueError(
+                "AutoModel gives the features of a classifier, but this is a checkpoint for segmentation. Load it "
+                "with AutoModelForSemanticSegmentation and call it with output_hidden_states=True."
+            )
+        super().__init__(config, backbone)
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, return_dict: bool | None = None
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Return the features of the backbone, as transformers' own wrapper of timm models does.
+
+        The features of every exit are the ``exit_features`` of :class:`MultiExitForImageClassification`.
+
+        Args:
+            pixel_values: ``(batch, channels, height, width)``.
+            output_hidden_states: Whether to return the feature maps of all stages, each ``(batch, channels, height,
+                width)``.
+            return_dict: ``False`` returns a tuple.
+
+        Returns:
+            ``last_hidden_state``, timm's ``forward_features``: ``(batch, channels, height, width)`` or, of a
+            transformer, ``(batch, tokens, width)``; and ``pooler_output`` ``(batch, width)``, its pre-logits.
+        """
+        hidden_states = None
+        if output_hidden_states:
+            last, hidden_states = self.backbone.forward_intermediates(pixel_values)
+        else:
+            last = self.backbone.forward_features(pixel_values)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last,
+            pooler_output=self.backbone.forward_head(last, pre_logits=True),
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+        )
+        return output if return_dict is not False else output.to_tuple()

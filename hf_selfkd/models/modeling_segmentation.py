@@ -85,12 +85,11 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, backbone: str, *, num_labels: int, pretrained: bool = False, **config):
+    def from_backbone(cls, backbone: str | nn.Module, *, num_labels: int, pretrained: bool = False, **config):
         """Build a model on a timm backbone, pretrained or not.
 
         Args:
-            backbone: Any name that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of
-                weights is given as ``backbone_kwargs={"checkpoint_path": ...}``.
+            backbone: A name or a timm model, as :meth:`MultiExitPreTrainedModel.from_backbone` takes them.
             num_labels: Number of classes, without the label of ignored pixels.
             pretrained: Whether to load timm's weights.
             config: Fields of :class:`MultiExitConfig`.

@@ -1,6 +1,7 @@
 """Backbones from timm names, and the configurations that rebuild them."""
 
 import copy
+import warnings
 from typing import Any
 
 import timm
@@ -10,6 +11,7 @@ from torch import nn
 from .configuration import REFUSED_BACKBONE_KWARGS, MultiExitConfig
 from .did_you_mean import did_you_mean
 from .dry_run import input_shape
+from .timm_file import check_folder, count_classes, data_of
 from .timm_quirks import STEM_POOLS, without_pooling
 
 
@@ -45,11 +47,16 @@ def create_backbone(
         )
     if backbone.num_classes == 0:
         raise ValueError(f"timm model '{name}' has no classes of its own. Pass num_labels.")
+    change_backbone(backbone, name, small_input_stem=small_input_stem, exit_width=exit_width)
+    return backbone
+
+
+def change_backbone(backbone: nn.Module, name: str, *, small_input_stem: bool, exit_width: int | None) -> None:
+    """Change a timm model as the configuration asks for. Arguments as for :func:`create_backbone`."""
     if small_input_stem:
         _shrink_stem(backbone, name)
     if exit_width is not None:
         _project_features(backbone, name, exit_width)
-    return backbone
 
 
 def _check_name(name: str) -> None:
@@ -137,20 +144,50 @@ def create_recorded(
     """
     fields = dict(fields)
     given = dict(fields.pop("backbone_kwargs", None) or {})
+    if name.startswith("local-dir:"):
+        check_folder(name.removeprefix("local-dir:"))
     if "num_classes" in given:
         raise ValueError("Pass the number of classes as num_labels, not in backbone_kwargs.")
-    backbone = create_backbone(
-        name,
-        num_classes=num_labels,
-        small_input_stem=fields.get("small_input_stem", False),
-        exit_width=fields.get("exit_width"),
-        pretrained=pretrained,
-        **given,
-    )
+    stem, width = fields.get("small_input_stem", False), fields.get("exit_width")
+    data = {}
+    if given.get("checkpoint_path"):
+        backbone, data = _create_from_file(name, num_labels, pretrained, given)
+    else:
+        backbone = _create(name, num_labels, pretrained, given)
+    change_backbone(backbone, name, small_input_stem=stem, exit_width=width)
     labels = {"num_labels": backbone.num_classes}
-    if pretrained and num_labels is None and "id2label" not in fields:
+    has_names = (pretrained and num_labels is None) or len(data.get("label_names", ())) == backbone.num_classes
+    if has_names and "id2label" not in fields:
         labels = label_names(backbone) or labels
     return MultiExitConfig(**describe(backbone, name, pretrained, given), **(labels | fields)), backbone
+
+
+def _create(name: str, num_classes: int | None, pretrained: bool, given: dict[str, Any]) -> nn.Module:
+    plain = {"small_input_stem": False, "exit_width": None}
+    return create_backbone(name, num_classes=num_classes, pretrained=pretrained, **plain, **given)
+
+
+def _create_from_file(
+    name: str, num_labels: int | None, pretrained: bool, given: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Create a timm model with the weights of a file, and a new classifier if the file has other classes.
+
+    Returns:
+        The model, and what the folder of the file says about the data.
+    """
+    path, architecture = given["checkpoint_path"], parse_model_name(name)[1].partition(".")[0]
+    _check_name(name)
+    data = data_of(path, architecture)
+    num_classes = count_classes(path, architecture) or num_labels
+    overlay = data | (given.get("pretrained_cfg_overlay") or {})
+    backbone = _create(name, num_classes, pretrained, given | {"pretrained_cfg_overlay": overlay})
+    if num_labels not in (None, num_classes):
+        warnings.warn(
+            f"{path} has a classifier for {num_classes} classes, so the one for num_labels={num_labels} starts anew.",
+            stacklevel=4,
+        )
+        backbone.reset_classifier(num_labels)
+    return backbone, data
 
 
 def describe(backbone: nn.Module, name: str, pretrained: bool, given: dict[str, Any]) -> dict[str, Any]:

@@ -36,12 +36,12 @@ class EvaluatingTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """Return the evaluation loader; its samples are checked."""
         data = seeded(self.eval_dataset, self, "evaluation")
-        with swapped(self, eval_dataset=data, **checked_collator(self, "evaluation")):
+        with resume.uncompiled(self), swapped(self, eval_dataset=data, **checked_collator(self, "evaluation")):
             return super().get_eval_dataloader(seeded(eval_dataset, self, "evaluation"))
 
     def get_test_dataloader(self, test_dataset):
         """Return the test loader; its samples are checked."""
-        with swapped(self, **checked_collator(self, "test")):
+        with resume.uncompiled(self), swapped(self, **checked_collator(self, "test")):
             return super().get_test_dataloader(seeded(test_dataset, self, "test"))
 
     def evaluation_loop(

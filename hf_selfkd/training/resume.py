@@ -194,14 +194,15 @@ def _saved_weights(folder: str) -> set[str] | None:
 
 @contextmanager
 def uncompiled(trainer: Trainer) -> Iterator[None]:
-    """Set the trainer's model to the one inside a compiled one while saving or loading, for the saved names."""
-    with swapped(trainer, model=trainer.network) if is_compiled_module(trainer.model) else nullcontext():
+    """Set the trainer's model to the one inside a compiled one: for the names of weights, and of its arguments."""
+    inside = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    with swapped(trainer, model=inside) if is_compiled_module(trainer.model) else nullcontext():
         yield
 
 
 @contextmanager
 def inference_weights(trainer: Trainer) -> Iterator[None]:
-    """Detach the scaffold while weights are loaded: it is not in their file, unless Accelerate saved them sharded."""
+    """Detach the scaffold while weights are loaded or saved: it is not in their file, unless they are sharded."""
     network = trainer.network
     with uncompiled(trainer), nullcontext() if is_sharded(network) else swapped(network, scaffold=None):
         yield

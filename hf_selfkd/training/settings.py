@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..methods import Method
 from ..methods.base import multi_exit_model
 from ..model_card.facts import collect_facts
 from ..models.checkpoint_files import shorten
+from ..models.rebuild import check_rebuilds
 from ..tasks import task_of
+from .adapters import is_adapted, warn_of_frozen_heads
 from .hub import HiddenToken
 from .refused_arguments import check_refused
 
@@ -107,6 +110,9 @@ def attach_method(
             f"label_smoothing_factor and mix make probabilities of labels, which {network.task} does not take. Do not "
             "set them."
         )
+    warn_of_frozen_heads(model)
+    if args.save_strategy != SaveStrategy.NO and not is_adapted(network):
+        check_rebuilds(network, network.state_dict())
     if optimizer is None or getattr(network.scaffold, "attached_by", None) != method:
         torch.manual_seed(args.seed)
         method.attach(network)

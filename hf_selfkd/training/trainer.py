@@ -14,13 +14,14 @@ from ..methods import Method, get_method
 from ..model_card.card import write_model_card
 from ..model_card.facts import collect_facts
 from ..tasks import task_of
-from . import hub, label_losses, recipe, resume, settings
+from . import adapters, hub, label_losses, recipe, resume, settings
 from .attachment import Attachment
 from .batches import add_indices, checked_collator, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
 from .class_balance import ClassBalance
 from .evaluating_trainer import EvaluatingTrainer
 from .label_callbacks import CheckLabels
+from .learning_rates import GroupedLearningRates, check_learning_rates
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
 from .run_arguments import described
@@ -41,7 +42,7 @@ PRIVATE_HOOKS = {
 }
 
 
-class SelfDistillationTrainer(EvaluatingTrainer):
+class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Each term of the method is logged as ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and
@@ -62,6 +63,10 @@ class SelfDistillationTrainer(EvaluatingTrainer):
             ``lr_scheduler_type`` (warm-up stays).
         lr_gamma: Factor of the learning rate at each milestone.
         decay_norms: Whether weight decay includes norms, biases and timm's ``no_weight_decay()``, as in the papers.
+        exit_learning_rate: Learning rate of the heads of all exits, the final exit's classifier included; ``None`` for
+            ``learning_rate``. Warm-up and schedule apply to both.
+        layer_decay: Factor of the learning rate from each layer of the backbone to the one before it, in (0, 1], with
+            the layers of timm's ``group_matcher``; ``None`` for one learning rate.
         ema_decay: Decay of a moving average of the weights, in [0, 1), which is evaluated and kept; ``None`` for none.
         mix: Applied to ``(pixel_values, labels)`` of every training batch, on its device, such as torchvision's
             ``v2.MixUp``, under random states of seed, step and process; labels become probabilities.
@@ -96,6 +101,8 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         lr_milestones: Sequence[float] = (),
         lr_gamma: float = 0.1,
         decay_norms: bool = False,
+        exit_learning_rate: float | None = None,
+        layer_decay: float | None = None,
         ema_decay: float | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         card: dict[str, Any] | None = None,
@@ -116,6 +123,8 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         optimizers = (*(kwargs.get("optimizers") or (None, None)), kwargs.get("optimizer_cls_and_kwargs"))
         settings.check_optimizers(optimizers, has_milestones=bool(lr_milestones), decay_norms=decay_norms)
         self.has_own_optimizer = any(part is not None for part in optimizers)
+        self.exit_learning_rate, self.layer_decay = exit_learning_rate, layer_decay
+        check_learning_rates(exit_learning_rate, layer_decay, has_own_optimizer=self.has_own_optimizer)
         self.label_loss = label_losses.from_stock(kwargs.get("compute_loss_func"))
         self.aside: str | None = None  # the folder of a checkpoint while it is written
         self.sums, self.stream_position, self.seed_data = LossSums(self), StreamPosition(), SeedData()
@@ -241,7 +250,8 @@ class SelfDistillationTrainer(EvaluatingTrainer):
         steps = self.args.gradient_accumulation_steps
         batch_size = self.get_total_train_batch_size(self.args) // (steps * self.args.world_size)
         data = seeded(self.train_dataset, self, "training", batch_size)
-        with settings.swapped(self, train_dataset=data, **checked_collator(self, "training")):
+        checked = checked_collator(self, "training")
+        with resume.uncompiled(self), settings.swapped(self, train_dataset=data, **checked):
             loader = super().get_train_dataloader()
         self.seed_data.follow(data)
         stream = self.stream_position.follow(data, loader, steps)
@@ -283,7 +293,7 @@ class SelfDistillationTrainer(EvaluatingTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as ``Trainer`` does, and its card; checkpoints have none."""
-        with resume.uncompiled(self):
+        with resume.inference_weights(self), adapters.card_kept(self, output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and not (self.args.push_to_hub and output_dir is None):  # pushing wrote the card
             self.create_model_card(folder=output_dir)

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import (  # noqa: E402
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
     pipeline,
@@ -46,6 +47,9 @@ processor = AutoImageProcessor.from_pretrained(classifier)
 results["pixel_values"] = processor(Image.open(photo).convert("RGB"))["pixel_values"]
 results["predictions"] = pipeline("image-classification", model=classifier, trust_remote_code=True)(photo, top_k=5)
 model.save_pretrained(folder / "copy")
+with torch.no_grad():
+    features = AutoModel.from_pretrained(classifier, trust_remote_code=True)(images)
+    results["features"] = features.pooler_output
 
 maps = AutoModelForSemanticSegmentation.from_pretrained(segmenter, trust_remote_code=True).eval()
 with torch.no_grad():

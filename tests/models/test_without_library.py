@@ -53,6 +53,7 @@ def test_a_trained_checkpoint_works_where_only_torch_timm_and_transformers_are(
         early, full = model(first), model(first, output_hidden_states=True)
     for logits, expected in zip(results["exit_logits"], full.exit_logits, strict=True):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)  # memory-mapped weights are unaligned
+    torch.testing.assert_close(results["features"], full.exit_features[-1], atol=1e-5, rtol=1e-5)
     assert torch.equal(results["exit_index"], early.exit_index)
     assert set(early.exit_index.tolist()) == {0, 3}
     torch.testing.assert_close(results["early_logits"], early.logits, atol=1e-5, rtol=1e-5)

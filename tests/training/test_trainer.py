@@ -244,7 +244,6 @@ def test_a_model_that_is_compiled_already_trains_and_resumes(build, train, tmp_p
         return torch.compile(build(small_input_stem=False), backend="eager")
 
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "trainer_kwargs": {"ema_decay": 0.5}}
-    options["remove_unused_columns"] = False  # the wrapper's forward names none
     data = {"trainer_kwargs": options["trainer_kwargs"], "output_dir": str(tmp_path / "plain"), "max_steps": 3}
     plain = train(build(small_input_stem=False), "lsh", **data)
     trainer = train(compiled(), "lsh", **options)
