@@ -157,6 +157,16 @@ for prediction in segmenter("photo.png"):
     )
 }
 
+# The example of the card for networks whose images no image processor makes.
+TENSOR_EXAMPLE = """import torch
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{repository}", trust_remote_code=True).eval()
+# Pipelines read images of one or three channels only. Normalise by mean and std in model.config.pretrained_cfg.
+pixel_values = torch.randn(1, {channels}, {height}, {width})
+with torch.no_grad():
+    print(model(pixel_values).logits.argmax(dim=1))"""
+
 
 def task_of(model: nn.Module) -> Task:
     """Return the task of a multi-exit model."""

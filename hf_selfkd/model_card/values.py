@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..evaluation.costs import exit_parameters
 from ..evaluation.curves import to_table
 from ..models.exit_policy import CRITERIA, ExitPolicy
-from ..tasks import task_of
+from ..tasks import TENSOR_EXAMPLE, task_of
 from .facts import CardFacts, is_known
 
 _BIBLIOGRAPHY = (Path(__file__).parent / "citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
@@ -41,7 +41,7 @@ def template_values(
         "facts": facts,
         "config": config,
         "task": task,
-        "example": task.example.format(repository=facts.repository),
+        "example": example(model, facts.repository),
         "input_size": "x".join(str(side) for side in config.pretrained_cfg["input_size"]),
         "backbone_kwargs": json.dumps(config.backbone_kwargs, sort_keys=True),
         "stages": model.exit_stages,
@@ -57,6 +57,15 @@ def template_values(
         "citations": cite(papers(facts.methods, config.exit_policy)),
         "table": to_table,
     }
+
+
+def example(model: PreTrainedModel, repository: str) -> str:
+    """Return Python code that uses the model from the Hub: a pipeline, where pipelines read such images."""
+    task, (channels, height, width) = task_of(model), model.config.pretrained_cfg["input_size"]
+    if channels in (1, 3):
+        return task.example.format(repository=repository)
+    sizes = {"channels": channels, "height": height, "width": width}
+    return TENSOR_EXAMPLE.format(repository=repository, auto_class=task.auto_class, **sizes)
 
 
 def results(

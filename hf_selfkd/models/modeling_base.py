@@ -13,7 +13,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
 from .configuration import MultiExitConfig
-from .dry_run import measure
+from .dry_run import input_shape, measure
 from .exit_policy import resolve_policy
 from .hooks import attach_hooks
 from .loss import cross_entropy
@@ -40,6 +40,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # timm's attention calls it by itself, as transformers' TimmWrapper notes
     accepts_loss_kwargs = False
     model_tags = ["hf_selfkd", "timm", "image-classification", "multi-exit", "self-distillation", "early-exit"]
     task = "image-classification"
@@ -56,6 +57,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
         self.backbone = backbone if backbone is not None else self._create_backbone(config.num_labels)
         self.anatomy = anatomy if anatomy is not None else measure(self.backbone)
         attach_hooks(self.backbone, [stage.module for stage in self.anatomy.stages])
+        self.num_channels = input_shape(self.backbone)[0]
         self._backbone_frozen = False
         self.scaffold: nn.Module | None = None
         self.shrinks_batch: bool | None = None  # unknown until the first batch exits early

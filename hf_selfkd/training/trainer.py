@@ -14,6 +14,7 @@ from ..methods import Method, get_method
 from ..methods.base import multi_exit_model
 from ..model_card.card import write_model_card
 from ..model_card.facts import Evaluation, collect_facts
+from ..models.outputs import as_tuples
 from ..tasks import task_of
 from . import hub, recipe, resume, settings
 from .batches import add_indices, prepare_batch, seeded
@@ -232,6 +233,7 @@ class SelfDistillationTrainer(Trainer):
     def prediction_step(self, *args, **kwargs) -> tuple[Tensor | None, Any, Tensor | None]:
         """Reduce logits to the inputs of the metrics before they are gathered and kept."""
         loss, logits, labels = super().prediction_step(*args, **kwargs)
+        logits = as_tuples(logits) if isinstance(logits, tuple) else logits
         if self.reduces_logits and logits is not None and labels is not None:
             logits = task_of(self.network).reduce_logits(logits[1], labels)
             labels = labels.reshape(len(labels), -1)[:, 0]  # Trainer needs some, and the metrics none
