@@ -275,7 +275,13 @@ class MultiExitPreTrainedModel(PreTrainedModel):
                 upload(self, save_directory, before, **target)
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
-        """Write preprocessor_config.json, for tools that do not read config.json."""
+        """Write preprocessor_config.json, for tools that do not read config.json.
+
+        Another image processor than timm's, such as the one given to a trainer, is not in the configuration and is
+        saved on its own, as for every transformers model.
+        """
+        if self.config.image_processor_type != MultiExitConfig.image_processor_type:
+            return
         names = ("image_processor_type", "pretrained_cfg")
         with open(os.path.join(folder, IMAGE_PROCESSOR_NAME), "w", encoding="utf-8") as file:
             json.dump({name: getattr(self.config, name) for name in names}, file, indent=2)

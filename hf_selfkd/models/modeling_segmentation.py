@@ -62,7 +62,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                 )
         anatomy = rehearse(MultiExitForSemanticSegmentation, config) if backbone is None else None
         super().__init__(config, backbone, anatomy)
-        config.image_processor_type = "SegformerImageProcessor"
+        if config.image_processor_type == MultiExitConfig.image_processor_type:
+            config.image_processor_type = SegformerImageProcessor.__name__
         stages = self.anatomy.stages
         if len({stage.size for stage in stages}) == 1:
             raise ValueError(
@@ -203,4 +204,5 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         )
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
-        self.create_image_processor().save_pretrained(folder)
+        if self.config.image_processor_type == SegformerImageProcessor.__name__:
+            self.create_image_processor().save_pretrained(folder)

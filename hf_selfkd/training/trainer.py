@@ -19,6 +19,7 @@ from ..tasks import task_of
 from . import hub, recipe, resume, settings
 from .batches import add_indices, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
+from .image_processing import adopt_image_processor, warn_about_size
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
 from .seeded_data import INDICES
@@ -113,6 +114,7 @@ class SelfDistillationTrainer(Trainer):
             settings.attach_method(self.method, model, args, has_mix=mix is not None)
         args, metrics = settings.own_arguments(args), compute_metrics or self._exit_metrics
         super().__init__(model=model, args=args, compute_metrics=metrics, **kwargs)
+        adopt_image_processor(self.processing_class, self.network.config)
         hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
@@ -129,6 +131,7 @@ class SelfDistillationTrainer(Trainer):
         """Build the model with ``model_init``, for each trial of a search, and attach the method to it."""
         model = super().call_model_init(trial)
         settings.attach_method(self.method, model, self.args, has_mix=self.mix is not None)
+        adopt_image_processor(getattr(self, "processing_class", None), multi_exit_model(model).config)
         return model
 
     def train(self, *args, **kwargs) -> TrainOutput:
@@ -218,6 +221,8 @@ class SelfDistillationTrainer(Trainer):
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
         self._indices = inputs.pop(INDICES, None)
+        if "pixel_values" in inputs:
+            warn_about_size(inputs["pixel_values"], self)
         prepare_batch(inputs, task_of(self.network), self.network.config)
         return inputs
 
