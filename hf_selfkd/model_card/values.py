@@ -71,13 +71,10 @@ def example(model: PreTrainedModel, repository: str) -> str:
 def results(
     model: PreTrainedModel, facts: CardFacts, counts: tuple[Sequence[int], Sequence[int]] | None
 ) -> list[dict[str, Any]]:
-    """Return the rows of the results: one per exit, and the ensemble's if it was evaluated."""
+    """Return the rows of the results, see :func:`exit_rows`."""
     costs, parameters = counts or ((), ())
     latencies = facts.latency["milliseconds"] if facts.latency else ()
-    rows = exit_rows(model, facts.metrics, costs, latencies, parameters)
-    if model.num_exits > 1 and (ensemble := _scores_of(model, facts.metrics, "ensemble")):
-        rows.append(dict.fromkeys(rows[0], "") | {"exit": "ensemble"} | ensemble)
-    return rows
+    return exit_rows(model, facts.metrics, costs, latencies, parameters)
 
 
 def exit_rows(
@@ -88,6 +85,8 @@ def exit_rows(
     parameters: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """Return a table row per exit, first to final: its metrics, and the cost of an image up to there.
+
+    The last row is the ensemble's, if it was evaluated.
 
     Args:
         model: A multi-exit model.
@@ -104,6 +103,8 @@ def exit_rows(
             row |= {"multiply-adds (M)": f"{cost / 1e6:.2f}", "parameters (M)": f"{size / 1e6:.3f}"}
     for row, latency in zip(rows, latencies, strict=False):
         row["latency (ms)"] = f"{latency:.2f}"
+    if model.num_exits > 1 and (ensemble := _scores_of(model, metrics, "ensemble")):
+        rows.append(dict.fromkeys(rows[0], "") | {"exit": "ensemble"} | ensemble)
     return rows
 
 
