@@ -12,6 +12,7 @@ These recipes by family and those of the other papers are in docs/recipes.md. Ev
 `TrainingArguments` works too (`--bf16`, `--push_to_hub`, `--report_to`, `--torch_compile`, ...).
 """
 
+import json
 from dataclasses import dataclass, field, replace
 
 import timm
@@ -96,8 +97,11 @@ def build_model(options: ModelArguments, data: DataArguments, class_names: list[
 
 def check_image_size(options: ModelArguments, data: DataArguments) -> None:
     """Raise ValueError if the backbone does not take images of this size, before any of them is read."""
+    kwargs = parse_json("backbone_kwargs", options.backbone_kwargs, dict)
+    kwargs.pop("checkpoint_path", None)  # no weights are needed
+    options = replace(options, backbone_kwargs=json.dumps(kwargs), pretrained=False, channels_last=False)
     with torch.device("meta"):  # takes neither memory nor time
-        model = build_model(replace(options, pretrained=False, channels_last=False), data, ["0", "1"]).eval()
+        model = build_model(options, data, ["0", "1"]).eval()
         shape = model.config.pretrained_cfg["input_size"]
         try:
             model(torch.empty(1, *shape))

@@ -1,6 +1,5 @@
 """Base class of the multi-exit models: building, initialising, saving, loading and freezing."""
 
-import json
 import os
 from dataclasses import replace
 from typing import Any
@@ -9,9 +8,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
+from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, save_image_processor, upload
 from .configuration import MultiExitConfig
 from .dry_run import input_shape, measure
 from .exit_policy import resolve_policy
@@ -275,17 +273,7 @@ class MultiExitPreTrainedModel(PreTrainedModel):
                 upload(self, save_directory, before, **target)
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
-        """Write preprocessor_config.json, for tools that do not read config.json.
-
-        Another image processor than timm's, such as the one given to a trainer, is not in the configuration and is
-        saved on its own, as for every transformers model.
-        """
-        if self.config.image_processor_type != MultiExitConfig.image_processor_type:
-            return
-        names = ("image_processor_type", "pretrained_cfg")
-        with open(os.path.join(folder, IMAGE_PROCESSOR_NAME), "w", encoding="utf-8") as file:
-            json.dump({name: getattr(self.config, name) for name in names}, file, indent=2)
-            file.write("\n")
+        save_image_processor(self.config, folder)
 
     def check_exits(self, source, **location: Any) -> None:
         """Check that the exits of a checkpoint sit at the stages of this model's, which shapes alone do not show.

@@ -65,8 +65,10 @@ def _nested(values: tuple) -> ModelOutput:
     return ModelOutput({str(index): value for index, value in enumerate(values)})
 
 
-def as_tuples(values: tuple) -> tuple:
-    """Turn nested outputs among the values of :meth:`MultiExitOutput.items` into tuples again."""
+def as_tuples(values: Any) -> Any:
+    """Turn nested outputs in a tuple of values of :meth:`MultiExitOutput.items` into tuples again."""
+    if not isinstance(values, tuple):
+        return values
     return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in values)
 
 

@@ -50,19 +50,21 @@ def _output_size(processor: BaseImageProcessor, side: int) -> tuple[int, int]:
     return tuple(torch.as_tensor(images).shape[-2:])
 
 
-def warn_about_size(images: Tensor, trainer: Trainer) -> None:
+def warn_about_size(images: Tensor | None, trainer: Trainer) -> None:
     """Warn once if images have another size than those of the checkpoint's image processor.
 
     Training images may be smaller crops, so they count only where nothing is evaluated.
 
     Args:
-        images: ``(batch, channels, height, width)``.
+        images: ``(batch, channels, height, width)``, if the batch has any.
         trainer: The trainer.
     """
+    if images is None or images.dim() != 4:
+        return
     if trainer.model.training and trainer.args.eval_strategy != "no":
         return
     expected = tuple((trainer.network.config.pretrained_cfg or {}).get("input_size", ()))
-    if expected and images.dim() == 4 and tuple(images.shape[2:]) != expected[1:]:
+    if expected and tuple(images.shape[2:]) != expected[1:]:
         height, width = images.shape[2:]
         logger.warning_once(
             f"The images have {height}x{width} pixels, but the image processor of the checkpoint, which pipelines "

@@ -221,8 +221,7 @@ class SelfDistillationTrainer(Trainer):
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
         self._indices = inputs.pop(INDICES, None)
-        if "pixel_values" in inputs:
-            warn_about_size(inputs["pixel_values"], self)
+        warn_about_size(inputs.get("pixel_values"), self)
         prepare_batch(inputs, task_of(self.network), self.network.config)
         return inputs
 
@@ -238,7 +237,7 @@ class SelfDistillationTrainer(Trainer):
     def prediction_step(self, *args, **kwargs) -> tuple[Tensor | None, Any, Tensor | None]:
         """Reduce logits to the inputs of the metrics before they are gathered and kept."""
         loss, logits, labels = super().prediction_step(*args, **kwargs)
-        logits = as_tuples(logits) if isinstance(logits, tuple) else logits
+        logits = as_tuples(logits)
         if self.reduces_logits and logits is not None and labels is not None:
             logits = task_of(self.network).reduce_logits(logits[1], labels)
             labels = labels.reshape(len(labels), -1)[:, 0]  # Trainer needs some, and the metrics none

@@ -75,7 +75,7 @@ def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
     folder, process, _ = digits_run
     metrics = json.loads((folder / "eval_results.json").read_text())
     before, after = process.stdout.split("epoch", maxsplit=1)
-    assert "320 images (train) to train on, 120 images (test) to evaluate on, 10 classes" in before
+    assert "320 images to train on, 120 images to evaluate on, 10 classes" in before
     assert "8x8 pixels, RGB" in before and "learning rate 0.02, times 0.1 after epochs 5 (5 not reached" in before
     lines = [line for line in after.splitlines() if line.startswith("|")]
     header, _, *rows, ensemble = [line.strip("| ").split(" | ") for line in lines]
