@@ -57,7 +57,7 @@ class ModelArguments(NetworkArguments):
     recipe: str | None = field(
         default="auto", metadata={"help": "Defaults for small images (cifar), larger ones (photos) or as the data is."}
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train the exits only."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train exits only, the final one if new."})
     small_input_stem: bool = field(default=True, metadata={"help": "3x3 stride-1 stem, for images of 32 pixels."})
     exit_width: int | None = field(default=None, metadata={"help": "Default: the width of the pre-logits."})
     lr_gamma: float = field(default=0.1, metadata={"help": "Factor of the learning rate at each milestone."})
@@ -92,6 +92,9 @@ def build_model(options: ModelArguments, data: DataArguments, class_names: list[
             settings[name] = values if channels == 3 else [sum(values) / len(values)]
     if options.freeze_backbone:
         model.freeze_backbone()
+        if options.pretrained and model.backbone.pretrained_cfg.get("num_classes") != len(class_names):
+            for classifier in model.classifiers:  # newly initialised, for other classes than those of the weights
+                classifier.requires_grad_(True)
     return model
 
 

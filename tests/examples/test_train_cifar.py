@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from huggingface_hub import ModelCard
 from PIL import ExifTags
 from PIL import Image as PILImage
+from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.image_utils import load_image
 
@@ -74,7 +75,7 @@ def test_training_shows_one_bar_and_a_row_per_epoch(digits_run):
 def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
     folder, process, _ = digits_run
     metrics = json.loads((folder / "eval_results.json").read_text())
-    before, after = process.stdout.split("epoch", maxsplit=1)
+    before, after = process.stdout.split("   epoch", maxsplit=1)
     assert "320 images to train on, 120 images to evaluate on, 10 classes" in before
     assert "8x8 pixels, RGB" in before and "learning rate 0.02, times 0.1 after epochs 5 (5 not reached" in before
     lines = [line for line in after.splitlines() if line.startswith("|")]
@@ -359,6 +360,20 @@ def test_regularization_and_a_frozen_backbone(tmp_path):
     frozen = hf_selfkd.MultiExitForImageClassification.from_pretrained(tmp_path / "frozen")
     assert same_weights(fresh.backbone, frozen.backbone)
     assert not torch.equal(fresh.exits[0].classifier.weight, frozen.exits[0].classifier.weight)
+
+
+@pytest.mark.parametrize("num_classes", [1000, 3])
+def test_a_new_classifier_on_a_frozen_backbone_is_trained(tmp_path, num_classes):
+    weights = str(tmp_path / "weights.safetensors")
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+    overlay = json.dumps({"pretrained_cfg_overlay": {"file": weights}})
+    options, images, _ = parse(
+        *("--backbone", "test_resnet", "--pretrained", "true", "--freeze_backbone", "true"),
+        *("--backbone_kwargs", overlay, "--recipe", "photos"),
+    )
+    model = train_cifar.build_model(options, images, [str(index) for index in range(num_classes)])
+    trained = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    assert trained == (set() if num_classes == 1000 else {"fc.weight", "fc.bias"})
 
 
 # Recipes
