@@ -21,8 +21,10 @@ PHOTOS: dict[str, Any] = {
 }
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true", "weight_decay": 1e-4}
 ADAMW = {"optim": "adamw_torch", "optim_args": None, "weight_decay": 0.05}
-# For batches of 32, from timm's weights and from scratch.
-LEARNING_RATES = {"sgd": (0.005, 0.02), "adamw_torch": (1e-4, 5e-4)}
+TRANSFORMERS = {"beit", "cait", "deit", "eva", "swin_transformer", "swin_transformer_v2", "vision_transformer", "xcit"}
+# timm's modules, the optimizer, and learning rates for batches of 32: from timm's weights, and from scratch.
+FAMILIES = [({"resnet"}, SGD, (0.005, 0.02)), (TRANSFORMERS, ADAMW, (1e-4, 5e-4))]
+OTHERS = (ADAMW, (5e-4, 5e-4))
 
 
 def choose_recipe(options: Namespace) -> str | None:
@@ -47,7 +49,8 @@ def recipe_defaults(recipe: str | None, options: Namespace) -> dict[str, Any]:
     """
     if recipe != "photos":
         return {}
-    is_resnet = ":" not in options.backbone and is_model_in_modules(options.backbone, {"resnet"})
-    optimizer = SGD if is_resnet else ADAMW
-    from_weights, from_scratch = LEARNING_RATES[optimizer["optim"]]
+    optimizer, (from_weights, from_scratch) = OTHERS
+    for modules, *settings in FAMILIES:
+        if ":" not in options.backbone and is_model_in_modules(options.backbone, modules):
+            optimizer, (from_weights, from_scratch) = settings
     return PHOTOS | optimizer | {"learning_rate": from_weights if options.pretrained else from_scratch}

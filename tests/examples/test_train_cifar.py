@@ -397,7 +397,7 @@ def test_small_images_keep_the_recipe_of_the_papers(tmp_path):
     [
         (("--backbone", "resnet18"), "sgd", 0.02),
         (("--backbone", "resnet50.a1_in1k", "--pretrained", "true"), "sgd", 0.005),
-        (("--backbone", "convnext_atto"), "adamw_torch", 5e-4),
+        (("--backbone", "tf_efficientnet_lite0", "--pretrained", "true"), "adamw_torch", 5e-4),
         (("--backbone", "deit_tiny_patch16_224", "--pretrained", "true"), "adamw_torch", 1e-4),
         (("--backbone", "convnext_atto", "--learning_rate", "0.3"), "adamw_torch", 0.3),
     ],
