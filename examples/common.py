@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from hf_selfkd import SelfDistillationTrainer
 from hf_selfkd.training import ProgressTable, find_last_checkpoint
@@ -30,7 +30,8 @@ class NetworkArguments:
     method: str = field(default="eed", metadata={"help": "byot, deep_supervision, eed, none, ..."})
     method_args: str = field(default="{}", metadata={"help": "JSON, such as '{\"alpha\": 0.3}'."})
     lr_milestones: list[float] = field(
-        default_factory=lambda: [75, 130, 180], metadata={"help": "Epochs after which the learning rate drops."}
+        default_factory=lambda: [75, 130, 180],
+        metadata={"help": "Epochs after which the learning rate drops. A given --lr_scheduler_type has none."},
     )
     channels_last: bool = field(default=True, metadata={"help": "Memory format; with bf16 about half the time."})
 
@@ -52,6 +53,25 @@ class Recipe(TrainingArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 1
     logging_strategy: str = "epoch"
+
+
+def parse_options(parser: HfArgumentParser, argv: list[str] | None) -> tuple:
+    """Parse the command line; a given ``--lr_scheduler_type`` takes the place of the recipe's milestones.
+
+    Raises:
+        ValueError: If scheduler and milestones are both given.
+    """
+    names = ("lr_milestones", "lr_scheduler_type")
+    defaults = {name: parser.get_default(name) for name in names}
+    parser.set_defaults(**dict.fromkeys(names))
+    given = parser.parse_known_args(argv)[0]
+    if given.lr_scheduler_type is not None and given.lr_milestones is not None:
+        raise ValueError(
+            "--lr_milestones and --lr_scheduler_type both set the learning rate: the first multiplies it by a factor "
+            "after some epochs, the second follows a curve. Give one of them."
+        )
+    parser.set_defaults(**defaults | ({"lr_milestones": []} if given.lr_scheduler_type is not None else {}))
+    return parser.parse_args_into_dataclasses(argv)
 
 
 def parse_json(name: str, text: str | None, kind: type) -> Any:
@@ -111,14 +131,15 @@ def build_model(model_class: type, options: NetworkArguments, class_names: list[
     return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
 
-class LastEvaluation(TrainerCallback):
-    """Keeps the metrics of the last evaluation in this process and its step."""
+class Evaluations(TrainerCallback):
+    """Keeps the metrics of all evaluations in this process by their step."""
 
-    step, metrics = -1, None
+    def __init__(self):
+        self.metrics: dict[int, dict[str, float]] = {}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Keep them."""
-        self.step, self.metrics = state.global_step, metrics
+        self.metrics[state.global_step] = metrics
 
 
 def train_and_save(trainer: SelfDistillationTrainer, checkpoint: str | None, metric: str) -> dict[str, float]:
@@ -129,15 +150,16 @@ def train_and_save(trainer: SelfDistillationTrainer, checkpoint: str | None, met
         checkpoint: The checkpoint to resume from.
         metric: The score of the progress table.
     """
-    args, last = trainer.args, LastEvaluation()
+    args, evaluations = trainer.args, Evaluations()
     transformers.logging.disable_progress_bar()  # a bar for the one file that each save writes
     huggingface_hub.utils.enable_progress_bars()  # disabled by the line above too: uploads keep theirs
     trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
     trainer.add_callback(ProgressTable(metric))
-    trainer.add_callback(last)
+    trainer.add_callback(evaluations)
     trainer.train(resume_from_checkpoint=checkpoint)
-    is_known = last.step == trainer.state.global_step and not args.load_best_model_at_end
-    metrics = last.metrics if is_known else trainer.evaluate()
+    state = trainer.state
+    final = state.best_global_step if args.load_best_model_at_end else state.global_step
+    metrics = evaluations.metrics.get(final) or trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     return metrics

@@ -3,7 +3,8 @@
     python examples/early_exit.py --checkpoint runs/eed --dataset cifar100 --target_cost 0.6
     python examples/early_exit.py --checkpoint runs/digits --dataset digits --max_risk 0.02
 
-One half of the evaluation split calibrates, the other half tests. Afterwards `pipeline("image-classification")` and
+One half of the evaluation split calibrates, the other half tests; with `--eval_share` as in training, of the images
+that were held out. Afterwards `pipeline("image-classification")` and
 `AutoModelForImageClassification` exit early with the checkpoint. Tables are printed; they and the curve are saved in
 the checkpoint's folder as early_exit.json and early_exit.png, and its model card describes the policy.
 `--push_to_hub` uploads the folder.
@@ -11,14 +12,15 @@ the checkpoint's folder as early_exit.json and early_exit.png, and its model car
 
 import argparse
 import json
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import timm
 import torch
-from data import DataArguments, LabelledImages, load_images
+from data import DataArguments, EvaluationArguments, LabelledImages, load_images
 from huggingface_hub import create_branch, create_repo, upload_folder
 from torch.utils.data import DataLoader, Subset
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, HfArgumentParser
 
 import hf_selfkd
 from hf_selfkd.evaluation import (
@@ -32,12 +34,20 @@ from hf_selfkd.evaluation import (
 from hf_selfkd.model_card import update_model_card
 from hf_selfkd.models.exit_policy import CRITERIA
 
+# A calibration set is called small where the standard error of the accuracy on it exceeds this.
+LARGE_ERROR = 0.01
+
+
+@dataclass
+class CalibrationData(EvaluationArguments):
+    """Options of the dataset, which are those of train_cifar.py."""
+
+    dataset: str = field(default="cifar100", metadata={"help": "As for train_cifar.py."})
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = HfArgumentParser(CalibrationData, description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="Folder of a multi-exit checkpoint.")
-    parser.add_argument("--dataset", default="cifar100", help="As for train_cifar.py.")
-    parser.add_argument("--max_eval_samples", type=int, help="Use the first N images only.")
     parser.add_argument("--criterion", default="confidence", choices=list(CRITERIA), help="Score that images exit by.")
     parser.add_argument("--delta", type=float, default=0.05, help="Probability that the guarantee fails.")
     target = parser.add_mutually_exclusive_group(required=True)
@@ -70,13 +80,38 @@ def push(options: argparse.Namespace) -> None:
 def collect_halves(model, options: argparse.Namespace):
     """Return logits and labels of both halves of the evaluation split, and a batch of images of the second."""
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model.config.pretrained_cfg))
-    data = DataArguments(dataset=options.dataset, max_eval_samples=options.max_eval_samples)
+    data = DataArguments(**{option.name: getattr(options, option.name) for option in fields(CalibrationData)})
     images = LabelledImages(load_images(data)[0]["test"], transform)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     halves = [Subset(images, order[::2]), Subset(images, order[1::2])]
     calibration, test = (collect_logits(model, DataLoader(half, batch_size=100)) for half in halves)
     batch = torch.stack([halves[1][index]["pixel_values"] for index in range(min(64, len(halves[1])))])
     return calibration, test, batch.to(model.device)
+
+
+def warnings_of(throughput: dict[str, float], logits: torch.Tensor, labels: torch.Tensor) -> list[str]:
+    """Return what speaks against using the policy.
+
+    Args:
+        throughput: Return value of ``measure_throughput``.
+        logits: Logits that it was calibrated on, ``(exits, images, classes)``.
+        labels: Their labels.
+    """
+    accuracy = (logits[-1].argmax(dim=1) == labels).double().mean().item()
+    error = (accuracy * (1 - accuracy) / len(labels)) ** 0.5
+    found = []
+    if error > LARGE_ERROR:
+        found.append(
+            f"{len(labels)} images are a small calibration set: an accuracy on them has a standard error of "
+            f"{100 * error:.1f} points, so expect the policy to differ on other images. Calibrate on more."
+        )
+    if throughput["realised_speedup"] < 1:
+        found.append(
+            "On this device the policy makes the network slower: {images_per_second:.0f} images/s, vs. "
+            "{plain_images_per_second:.0f} of the backbone without exits. Allow a lower cost or a larger loss of "
+            "accuracy, train with fewer exits, or set early_exit to false in config.json.".format(**throughput)
+        )
+    return found
 
 
 def exit_curve(logits: torch.Tensor, labels: torch.Tensor, costs: list[int]) -> list[dict[str, float]]:
@@ -111,6 +146,8 @@ def main(argv: list[str] | None = None):
         print(f"\n{title}\n{to_table(result[title])}")
     print(f"\nthe policy: accuracy {result['accuracy']:.4f} at {result['cost']:.3f} of the full cost")
     print(to_table([result["throughput"]]))
+    for warning in warnings_of(result["throughput"], *calibration):
+        print(f"\nWarning: {warning}")
     save(model, options.checkpoint, result, num_images=len(test[1]), batch_size=len(batch))
     if options.push_to_hub:
         push(options)

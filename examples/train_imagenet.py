@@ -26,6 +26,7 @@ from train_cifar import main as train
 class ImageNetModel(ModelArguments):
     """Options of network and method, for large images."""
 
+    recipe: str | None = field(default=None, metadata={"help": "Default: that of this script; or as train_cifar.py."})
     small_input_stem: bool = field(default=False, metadata={"help": "3x3 stride-1 stem, for images of 32 pixels."})
     lr_milestones: list[float] = field(
         default_factory=lambda: [30, 60, 90], metadata={"help": "Epochs after which the learning rate drops."}

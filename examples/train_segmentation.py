@@ -16,10 +16,20 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from common import CARD_EXTRAS, TRAINER_OPTIONS, NetworkArguments, Recipe, find_checkpoint, parse_json, train_and_save
+from common import (
+    CARD_EXTRAS,
+    TRAINER_OPTIONS,
+    NetworkArguments,
+    Recipe,
+    find_checkpoint,
+    parse_json,
+    parse_options,
+    train_and_save,
+)
 from common import build_model as build
-from data import SplitArguments, as_rgb, choose_splits, leave_out_bad_images
+from data import SplitArguments, as_rgb, choose_splits, leave_out_bad_images, limit_samples
 from datasets import Image, load_dataset
+from overview import print_overview
 from PIL import Image as PILImage
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -117,7 +127,7 @@ def label_map(image: PILImage.Image) -> torch.Tensor:
 
 def load_maps(options: SegmentationData, num_workers: int = 0):
     """Load the splits for training and evaluation, and the names of the classes."""
-    splits = choose_splits(load_dataset(options.dataset), options, EVALUATION_SPLITS)
+    splits = limit_samples(choose_splits(load_dataset(options.dataset), options, EVALUATION_SPLITS), options)
     names = {options.image_column: "image", options.label_column: "label"}
     for name, split in splits.items():
         for column in names:
@@ -200,7 +210,7 @@ def build_model(options: SegmentationModel, data: SegmentationData, class_names:
 
 def main(argv: list[str] | None = None):
     parser = HfArgumentParser((SegmentationModel, SegmentationData, SegmentationRecipe))
-    options, data, args = parser.parse_args_into_dataclasses(argv)
+    options, data, args = parse_options(parser, argv)
     checkpoint = find_checkpoint(args)
     method = get_method(options.method, **parse_json("method_args", options.method_args, dict))
     with args.main_process_first(desc="data"):  # the others use its download and caches
@@ -219,6 +229,8 @@ def main(argv: list[str] | None = None):
         card=describe_data(data) | CARD_EXTRAS,
         **TRAINER_OPTIONS,
     )
+    if trainer.is_world_process_zero():
+        print_overview(trainer, {"train": train_rows, "test": eval_rows})
     metrics = train_and_save(trainer, checkpoint, "mean_iou")
     if trainer.is_world_process_zero():
         shown = eval_rows.select(range(0, len(eval_rows), max(1, len(eval_rows) // max(1, data.num_pictures))))

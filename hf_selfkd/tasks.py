@@ -110,6 +110,23 @@ for prediction in segmenter("photo.png"):
     )
 }
 
+# Python code for a checkpoint that holds an adapter alone.
+ADAPTER_EXAMPLE = """from hf_selfkd import {model_class}
+from peft import PeftModel
+
+base = {model_class}.from_pretrained("...")  # the model that the adapter was trained on
+model = PeftModel.from_pretrained(base, "{repository}")"""
+
+# The example of the card for networks whose images no image processor makes.
+TENSOR_EXAMPLE = """import torch
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{repository}", trust_remote_code=True).eval()
+# Pipelines read images of one or three channels only. Normalise by mean and std in model.config.pretrained_cfg.
+pixel_values = torch.randn(1, {channels}, {height}, {width})
+with torch.no_grad():
+    print(model(pixel_values).logits.argmax(dim=1))"""
+
 
 def task_of(model: nn.Module) -> Task:
     """Return the task of a multi-exit model."""

@@ -13,15 +13,29 @@ HUB_DATASETS = {
 
 
 @dataclass
-class SplitArguments:
-    """Options of the dataset that classification and segmentation share."""
+class EvaluationArguments:
+    """Options of the dataset that training and calibration share."""
 
     dataset: str = field(metadata={"help": "A folder that load_dataset reads, or a repository on the Hub."})
     image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
     label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
     evaluation_split: str | None = field(default=None, metadata={"help": "Default: test, else validation."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N images only."})
+    eval_share: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training images to hold out for evaluation, where there is no split for it."},
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on N images only: the first, or any where classes lie together."}
+    )
+
+
+@dataclass
+class SplitArguments(EvaluationArguments):
+    """Options of the dataset that classification and segmentation share."""
+
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on N images only: the first, or any where classes lie together."}
+    )
     skip_bad_images: int = field(
         default=0,
         metadata={"help": "Skip up to N unreadable training images; reads every image once before training."},
@@ -44,10 +58,14 @@ class DataArguments(SplitArguments):
         default=None, metadata={"help": "Images of a stream whose length is unknown; needed to count epochs."}
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Images that each worker shuffles in streaming."})
-    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
-    mean: list[float] = field(default_factory=lambda: list(CIFAR_MEAN), metadata={"help": "Of red, green and blue."})
-    std: list[float] = field(default_factory=lambda: list(CIFAR_STD), metadata={"help": "Of red, green and blue."})
-    crop_pct: float = field(default=1.0, metadata={"help": "Share of each side that evaluation crops."})
+    image_size: int | None = field(default=32, metadata={"help": "Side of the images in pixels."})
+    mean: list[float] | None = field(
+        default_factory=lambda: list(CIFAR_MEAN), metadata={"help": "Of red, green and blue, without --pretrained."}
+    )
+    std: list[float] | None = field(
+        default_factory=lambda: list(CIFAR_STD), metadata={"help": "Of red, green and blue, without --pretrained."}
+    )
+    crop_pct: float | None = field(default=1.0, metadata={"help": "Share of each side that evaluation crops."})
     crop_padding: int = field(default=4, metadata={"help": "Padding of the random crop in pixels."})
     crop_scale: float | None = field(
         default=None,

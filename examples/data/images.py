@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from hf_selfkd.training import SeededStream
 
@@ -57,7 +58,7 @@ def read_row(row: dict[str, Any]) -> tuple[PILImage.Image, int]:
 
 
 def read_image(encoded: dict[str, Any] | None) -> PILImage.Image:
-    """Decode an image as RGB, whatever its mode; of an animation the first frame.
+    """Decode an image as RGB, whatever its mode, turned as EXIF says; of an animation the first frame.
 
     Raises:
         ValueError: If it is not an image, is truncated, or has more than 179 million pixels, which Pillow treats as a
@@ -67,7 +68,7 @@ def read_image(encoded: dict[str, Any] | None) -> PILImage.Image:
         raise ValueError("the row holds no image.")
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     try:
-        return as_rgb(PILImage.open(source))
+        return as_rgb(ImageOps.exif_transpose(PILImage.open(source)))  # as datasets and pipelines do
     except Exception as error:  # Pillow's decoders raise all kinds
         raise ValueError(f"{encoded['path'] or 'an embedded image'} is not a readable image ({error}).") from error
 

@@ -1,7 +1,10 @@
 """Find a dataset by name or folder, its splits, its columns and its class names."""
 
+from itertools import islice
 from pathlib import Path
+from statistics import median
 
+import numpy as np
 from datasets import (
     ClassLabel,
     Dataset,
@@ -14,11 +17,13 @@ from datasets import (
 )
 from PIL import Image as PILImage
 
-from .arguments import HUB_DATASETS, DataArguments, SplitArguments
+from .arguments import HUB_DATASETS, DataArguments, EvaluationArguments, SplitArguments
 from .bad_images import leave_out_bad_images
-from .images import read_row
+from .images import read_image, read_row
 
 EVALUATION_SPLITS = ("test", "validation", "valid", "val")
+# Up to this side in pixels images count as small ones, such as CIFAR's.
+SMALL_SIDE = 48
 
 
 def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[DatasetDict | IterableDatasetDict, list[str]]:
@@ -38,8 +43,9 @@ def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[Dataset
     if arguments.streaming:
         _refuse_for_streams(arguments)
     splits = _digits() if arguments.dataset == "digits" else _load(arguments.dataset, arguments.streaming)
-    chosen = choose_splits(splits, arguments, EVALUATION_SPLITS)
-    image, label = _find_columns(chosen["train"].features, arguments)
+    image, label = _find_columns(next(iter(splits.values())).features, arguments)
+    chosen = choose_splits(splits, arguments, EVALUATION_SPLITS, label)
+    chosen = limit_samples(chosen, arguments, label)
     names = {old: new for old, new in {image: "image", label: "label"}.items() if old != new}
     for name, split in chosen.items():
         split = split.select_columns([image, label]).rename_columns(names)
@@ -49,31 +55,88 @@ def load_images(arguments: DataArguments, num_workers: int = 0) -> tuple[Dataset
     return chosen, _class_names(chosen, label)
 
 
-def choose_splits(splits: DatasetDict, arguments: SplitArguments, evaluation_splits: tuple[str, ...]) -> DatasetDict:
-    """Return the splits ``train`` and ``test``, cut to ``max_train_samples`` and ``max_eval_samples``.
+def has_photos(arguments: EvaluationArguments) -> bool:
+    """Find out whether a dataset holds photographs rather than small images such as CIFAR's, from its first images.
+
+    Args:
+        arguments: The options of the data.
+
+    Raises:
+        ValueError: If the data cannot be found or downloaded.
+    """
+    if arguments.dataset in ("cifar10", "cifar100", "digits"):
+        return False
+    if arguments.dataset == "imagenet-1k":
+        return True
+    rows = next(iter(_load(arguments.dataset, streaming=True).values()))
+    column = _find_column(rows.features, arguments.image_column, Image, "image")
+    encoded = (row[column] for row in rows.cast_column(column, Image(decode=False)))
+    sides = [side for side in map(_largest_side, islice(encoded, 9)) if side]
+    return bool(sides) and median(sides) > SMALL_SIDE
+
+
+def _largest_side(encoded: dict) -> int | None:
+    try:
+        return max(read_image(encoded).size)
+    except ValueError:  # training names such images, or leaves them out
+        return None
+
+
+def choose_splits(
+    splits: DatasetDict,
+    arguments: EvaluationArguments,
+    evaluation_splits: tuple[str, ...],
+    label: str | None = None,
+) -> DatasetDict:
+    """Return the splits ``train`` and ``test``.
 
     Args:
         splits: All splits.
         arguments: The options of the data.
         evaluation_splits: Names of the split to evaluate on, the preferred one first; one without labels is skipped.
+        label: Column of the classes, which ``eval_share`` keeps in proportion; ``None`` for segmentation.
 
     Raises:
-        ValueError: If a split is missing.
+        ValueError: If a split is missing, or ``eval_share`` is given though there is a split to evaluate on.
     """
     if "train" not in splits:
         raise ValueError(f"{arguments.dataset} has the splits {', '.join(splits)}, but none called train.")
     labelled = _without_unlabelled(evaluation_splits, splits, arguments)
     accepted = [arguments.evaluation_split] if arguments.evaluation_split else labelled
     evaluation = next((name for name in accepted if name in splits), None)
+    if arguments.eval_share is not None:
+        if evaluation is not None:
+            raise ValueError(f"--eval_share holds out training images, but there is a split {evaluation}: remove it.")
+        return _hold_out(splits["train"], arguments.eval_share, label)
     if evaluation is None:
         raise ValueError(
             f"{arguments.dataset} has the splits {', '.join(splits)}, but none to evaluate on: "
-            f"one of {', '.join(accepted)} is needed."
+            f"one of {', '.join(accepted)} is needed, or --eval_share 0.15 to hold out training images."
         )
-    chosen = type(splits)(train=splits["train"], test=splits[evaluation])
+    return type(splits)(train=splits["train"], test=splits[evaluation])
+
+
+def _hold_out(rows: Dataset, share: float, label: str | None) -> DatasetDict:
+    """Split the same images off every time, of each class as many as its share."""
+    if not 0 < share < 1:
+        raise ValueError(f"--eval_share must lie between 0 and 1, but got {share}.")
+    column = label if label is not None and isinstance(rows.features[label], ClassLabel) else None
+    return rows.train_test_split(share, seed=0, stratify_by_column=column)
+
+
+def limit_samples(chosen: DatasetDict, arguments: SplitArguments, label: str | None = None) -> DatasetDict:
+    """Cut the splits ``train`` and ``test`` to ``max_train_samples`` and ``max_eval_samples``.
+
+    Args:
+        chosen: The splits.
+        arguments: The options of the data.
+        label: Column of the classes; where each lies in one piece, as in class folders, rows are shuffled first.
+    """
     for name, limit in (("train", arguments.max_train_samples), ("test", arguments.max_eval_samples)):
         if limit:
-            chosen[name] = chosen[name].select(range(min(limit, len(chosen[name]))))
+            rows = chosen[name]
+            rows = rows.shuffle(seed=0) if label is not None and _is_grouped(rows, label) else rows
+            chosen[name] = rows.select(range(min(limit, len(rows))))
     return chosen
 
 
@@ -97,8 +160,14 @@ def _has_labels(rows: Dataset | IterableDataset, column: str) -> bool:
     return any(label not in (-1, None) for label in first)
 
 
+def _is_grouped(rows: Dataset, label: str) -> bool:
+    """Whether nearly all rows have the label of the one before."""
+    labels = np.asarray(rows.select_columns(label).with_format("numpy")[:][label])
+    return (labels[1:] != labels[:-1]).mean() < 0.1 if len(labels) > 1 else False
+
+
 def _refuse_for_streams(arguments: DataArguments) -> None:
-    for name in ("max_train_samples", "max_eval_samples", "skip_bad_images"):
+    for name in ("max_train_samples", "max_eval_samples", "skip_bad_images", "eval_share"):
         if getattr(arguments, name):
             raise ValueError(
                 f"--{name} does not apply to streams, which are not read before training. Remove the option."

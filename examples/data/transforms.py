@@ -24,7 +24,10 @@ def training_transform(arguments: DataArguments, data_config: dict[str, Any]) ->
     }
     if arguments.auto_augment not in policies:
         raise ValueError(f"--auto_augment takes autoaugment or randaugment, but got {arguments.auto_augment!r}.")
-    size, interpolation = arguments.image_size, InterpolationMode(data_config["interpolation"])
+    size, interpolation = (
+        arguments.image_size or data_config["input_size"][-1],
+        InterpolationMode(data_config["interpolation"]),
+    )
     if arguments.crop_scale is None:
         crop = [v2.Resize(size, interpolation), v2.RandomCrop(size, padding=arguments.crop_padding or None)]
     else:

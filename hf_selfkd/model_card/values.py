@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..evaluation.costs import exit_parameters
 from ..evaluation.curves import to_table
 from ..models.exit_policy import CRITERIA, ExitPolicy
-from ..tasks import task_of
+from ..tasks import ADAPTER_EXAMPLE, TENSOR_EXAMPLE, task_of
 from .facts import CardFacts, is_known
 
 _BIBLIOGRAPHY = (Path(__file__).parent / "citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
@@ -42,7 +42,7 @@ def template_values(
         "config": config,
         "task": task,
         "is_adapter": is_adapter(model),
-        "example": _example(model).format(repository=facts.repository),
+        "example": example(model, facts.repository),
         "input_size": "x".join(str(side) for side in config.pretrained_cfg["input_size"]),
         "backbone_kwargs": json.dumps(config.backbone_kwargs, sort_keys=True),
         "stages": model.exit_stages,
@@ -65,27 +65,24 @@ def is_adapter(model: PreTrainedModel) -> bool:
     return hasattr(model, "peft_config")
 
 
-def _example(model: PreTrainedModel) -> str:
-    if not is_adapter(model):
-        return task_of(model).example
-    name = type(model).__name__
-    return f"""from hf_selfkd import {name}
-from peft import PeftModel
-
-base = {name}.from_pretrained("...")  # the model that the adapter was trained on
-model = PeftModel.from_pretrained(base, "{{repository}}")"""
+def example(model: PreTrainedModel, repository: str) -> str:
+    """Return Python code that uses the model from the Hub: a pipeline, where pipelines read such images."""
+    task, (channels, height, width) = task_of(model), model.config.pretrained_cfg["input_size"]
+    if is_adapter(model):
+        return ADAPTER_EXAMPLE.format(repository=repository, model_class=type(model).__name__)
+    if channels in (1, 3):
+        return task.example.format(repository=repository)
+    sizes = {"channels": channels, "height": height, "width": width}
+    return TENSOR_EXAMPLE.format(repository=repository, auto_class=task.auto_class, **sizes)
 
 
 def results(
     model: PreTrainedModel, facts: CardFacts, counts: tuple[Sequence[int], Sequence[int]] | None
 ) -> list[dict[str, Any]]:
-    """Return the rows of the results: one per exit, and the ensemble's if it was evaluated."""
+    """Return the rows of the results, see :func:`exit_rows`."""
     costs, parameters = counts or ((), ())
     latencies = facts.latency["milliseconds"] if facts.latency else ()
-    rows = exit_rows(model, facts.metrics, costs, latencies, parameters)
-    if model.num_exits > 1 and (ensemble := _scores_of(model, facts.metrics, "ensemble")):
-        rows.append(dict.fromkeys(rows[0], "") | {"exit": "ensemble"} | ensemble)
-    return rows
+    return exit_rows(model, facts.metrics, costs, latencies, parameters)
 
 
 def exit_rows(
@@ -96,6 +93,8 @@ def exit_rows(
     parameters: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """Return a table row per exit, first to final: its metrics, and the cost of an image up to there.
+
+    The last row is the ensemble's, if it was evaluated.
 
     Args:
         model: A multi-exit model.
@@ -112,6 +111,8 @@ def exit_rows(
             row |= {"multiply-adds (M)": f"{cost / 1e6:.2f}", "parameters (M)": f"{size / 1e6:.3f}"}
     for row, latency in zip(rows, latencies, strict=False):
         row["latency (ms)"] = f"{latency:.2f}"
+    if model.num_exits > 1 and (ensemble := _scores_of(model, metrics, "ensemble")):
+        rows.append(dict.fromkeys(rows[0], "") | {"exit": "ensemble"} | ensemble)
     return rows
 
 

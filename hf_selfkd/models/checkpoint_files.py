@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 from huggingface_hub import create_repo
-from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import create_and_tag_model_card
 
 # The arguments of from_pretrained that say where a file is. Without force_download: transformers downloads again
@@ -90,6 +90,20 @@ def is_optional(name: str) -> bool:
 def shorten(names: Collection[str]) -> str:
     """List the first three of many names, with their number."""
     return f"{', '.join(list(names)[:3]) or 'none'} ({len(names)} in all)"
+
+
+def save_image_processor(config: PreTrainedConfig, folder: str | os.PathLike) -> None:
+    """Write timm's image processor to preprocessor_config.json, for tools that do not read config.json.
+
+    Another one, such as the one that a trainer was given, is not in the configuration: it is saved on its own, as for
+    every transformers model.
+    """
+    if config.image_processor_type != type(config).image_processor_type:
+        return
+    fields = {name: getattr(config, name) for name in ("image_processor_type", "pretrained_cfg")}
+    with open(os.path.join(folder, IMAGE_PROCESSOR_NAME), "w", encoding="utf-8") as file:
+        json.dump(fields, file, indent=2)
+        file.write("\n")
 
 
 def upload(

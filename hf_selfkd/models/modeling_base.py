@@ -1,6 +1,5 @@
 """Base class of the multi-exit models: building, initialising, saving, loading and freezing."""
 
-import json
 import os
 from dataclasses import replace
 from typing import Any
@@ -9,11 +8,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, upload
+from .checkpoint_files import LOCATION_ARGUMENTS, check_loaded, check_weights, save_image_processor, upload
 from .configuration import MultiExitConfig
-from .dry_run import measure
+from .dry_run import input_shape, measure
 from .exit_policy import resolve_policy
 from .freezing import BackboneFreezing
 from .hooks import attach_hooks
@@ -44,6 +42,7 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # timm's attention calls it by itself, as transformers' TimmWrapper notes
     accepts_loss_kwargs = False
     model_tags = ["hf_selfkd", "timm", "image-classification", "multi-exit", "self-distillation", "early-exit"]
     task = "image-classification"
@@ -62,6 +61,7 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
         self.backbone = backbone if backbone is not None else self._create_backbone(config.num_labels)
         self.anatomy = anatomy if anatomy is not None else measure(self.backbone)
         attach_hooks(self.backbone, [stage.module for stage in self.anatomy.stages])
+        self.num_channels = input_shape(self.backbone)[0]
         self.scaffold: nn.Module | None = None
         self.shrinks_batch: bool | None = None  # unknown until the first batch exits early
         config.pretrained_cfg = data_config(self.backbone, config.small_input_stem) | (config.pretrained_cfg or {})
@@ -287,11 +287,7 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
                 upload(self, save_directory, before, **target)
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
-        """Write preprocessor_config.json, for tools that do not read config.json."""
-        names = ("image_processor_type", "pretrained_cfg")
-        with open(os.path.join(folder, IMAGE_PROCESSOR_NAME), "w", encoding="utf-8") as file:
-            json.dump({name: getattr(self.config, name) for name in names}, file, indent=2)
-            file.write("\n")
+        save_image_processor(self.config, folder)
 
     def check_exits(self, source, **location: Any) -> None:
         """Check that the exits of a checkpoint sit at the stages of this model's, which shapes alone do not show.

@@ -15,6 +15,7 @@ from .early_exit import exit_early
 from .exit_policy import ExitPolicy, resolve_policy
 from .heads import create_head
 from .hooks import Collector, check_seen, join_features, run
+from .inputs import prepare_images, size_error
 from .modeling_base import MultiExitPreTrainedModel
 from .outputs import EarlyExitOutput, MultiExitOutput
 from .stages import choose_stages
@@ -57,18 +58,26 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         In training, with labels and with hidden states all exits are always computed.
 
         Args:
-            pixel_values: ``(batch, channels, height, width)``.
+            pixel_values: ``(batch, channels, height, width)``, of any floating point type; networks of grey images
+                take RGB too.
             labels: Class indices ``(batch,)`` or probabilities ``(batch, classes)``; adds ``loss``.
             output_hidden_states: Whether to return the feature maps of all stages; always so in training, unless
                 ``returns_maps`` is false.
             return_dict: ``False`` returns a tuple. ``None``, here and above, takes the configuration's field.
+
+        Raises:
+            ValueError: If the images are integers, or the network does not take their size or number of channels.
         """
         output_hidden_states, return_dict = self._as_configured(output_hidden_states, return_dict)
         if self.config.early_exit and not self.training and labels is None and not output_hidden_states:
             early = self.early_exit(pixel_values)
             return early if return_dict is not False else early.to_tuple()
+        pixel_values = prepare_images(self.backbone, pixel_values, self.num_channels)
         seen = Collector()
-        logits = run(self.backbone, self.anatomy, pixel_values, seen)
+        try:
+            logits = run(self.backbone, self.anatomy, pixel_values, seen)
+        except AssertionError as error:  # timm's, of networks built for images of one size
+            raise size_error(self.config.backbone, pixel_values.shape[-2:], error) from error
         check_seen(self.backbone, self.anatomy, seen)
         image_size = tuple(pixel_values.shape[-2:])
         outputs = []
@@ -153,11 +162,17 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             policy: Decides when an image may exit; ``None`` takes ``config.exit_policy``.
 
         Raises:
-            ValueError: If the model is in training mode, or the policy is missing or for another number of exits.
+            ValueError: If the model is in training mode, the policy is missing or for another number of exits, or
+                :meth:`forward` does not take the images.
         """
         if self.training:
             raise ValueError("early_exit needs a model in eval mode, but it is in training mode. Call model.eval().")
-        return exit_early(self, pixel_values, resolve_policy(policy, self.config.exit_policy, self.num_exits))
+        policy = resolve_policy(policy, self.config.exit_policy, self.num_exits)
+        pixel_values = prepare_images(self.backbone, pixel_values, self.num_channels)
+        try:
+            return exit_early(self, pixel_values, policy)
+        except AssertionError as error:
+            raise size_error(self.config.backbone, pixel_values.shape[-2:], error) from error
 
     def logits_at_exit(self, exit: int, stage_output: Any, image_size: tuple[int, int]) -> Tensor:
         """Return the logits ``(batch, classes)`` of an auxiliary exit.

@@ -11,6 +11,7 @@ from transformers.image_utils import PILImageResampling
 
 from .configuration import MultiExitConfig
 from .heads import SegmentationHead
+from .inputs import prepare_images, size_error
 from .labels import label_maps
 from .loss import resize_logits
 from .modeling_base import MultiExitPreTrainedModel
@@ -62,7 +63,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                 )
         anatomy = rehearse(MultiExitForSemanticSegmentation, config) if backbone is None else None
         super().__init__(config, backbone, anatomy)
-        config.image_processor_type = "SegformerImageProcessor"
+        if config.image_processor_type == MultiExitConfig.image_processor_type:
+            config.image_processor_type = SegformerImageProcessor.__name__
         stages = self.anatomy.stages
         if len({stage.size for stage in stages}) == 1:
             raise ValueError(
@@ -114,7 +116,8 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         """Return the logits of all exits, at the highest resolution of the pyramid.
 
         Args:
-            pixel_values: ``(batch, channels, height, width)``.
+            pixel_values: ``(batch, channels, height, width)``, of any floating point type; networks of grey images
+                take RGB too.
             labels: Class indices ``(batch, height, width)``, ``config.semantic_loss_ignore_index`` or -100 for
                 ignored pixels; adds ``loss``, for which the logits are interpolated to their size.
             output_hidden_states: Whether to return the feature maps of the pyramid; always so in training, unless
@@ -123,10 +126,11 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
 
         Raises:
             ValueError: If ``labels`` have another size than the images or hold a class that the model does not have;
-                if the backbone does not take images of this size; or in training, for a single image that is too
-                small.
+                if the images are integers, or the backbone does not take their size or channels; or in training, for
+                a single image that is too small.
         """
         output_hidden_states, return_dict = self._as_configured(output_hidden_states, return_dict)
+        pixel_values = prepare_images(self.backbone, pixel_values, self.num_channels)
         if labels is not None:
             labels = label_maps(
                 labels,
@@ -141,11 +145,7 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         try:
             feature_maps = self.backbone.forward_intermediates(padded, intermediates_only=True)
         except AssertionError as error:  # timm's, of networks built for images of one size
-            raise ValueError(
-                f"{self.config.backbone} does not take images of {height}x{width} pixels, padded to "
-                f"{padded.shape[-2]}x{padded.shape[-1]}: {error} Build it for this size with "
-                "backbone_kwargs={'img_size': ...} or, where it has the option, {'strict_img_size': False}."
-            ) from error
+            raise size_error(self.config.backbone, padded.shape[-2:], error) from error
         levels = self._levels_of(feature_maps)
         if self.training and levels[-1][:, 0].numel() == 1:
             raise ValueError(
@@ -185,12 +185,15 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         It resizes images to ``input_size``; its ``post_process_semantic_segmentation`` turns logits into class maps.
         """
         data = self.config.pretrained_cfg
+        grey = self.num_channels == 1  # the network itself converts RGB, which is what pipelines read
         return SegformerImageProcessor(
             size=dict(zip(("height", "width"), data["input_size"][1:], strict=True)),
-            image_mean=list(data["mean"]),
-            image_std=list(data["std"]),
+            image_mean=list(data["mean"]) * (3 if grey else 1),
+            image_std=list(data["std"]) * (3 if grey else 1),
+            do_convert_rgb=grey or None,
             resample=PILImageResampling[data.get("interpolation", "bilinear").upper()],
         )
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
-        self.create_image_processor().save_pretrained(folder)
+        if self.config.image_processor_type == SegformerImageProcessor.__name__:
+            self.create_image_processor().save_pretrained(folder)

@@ -1,6 +1,9 @@
 """Outputs of multi-exit models: the contract between models and methods."""
 
+from collections import OrderedDict
+from collections.abc import ItemsView
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +37,19 @@ class MultiExitOutput(ModelOutput):
     stage_outputs: tuple | None = None
     scaffold: dict | None = None
 
+    # transformers' pipelines split a batch by the items of its output. They index a tuple by the image, and a nested
+    # output tensor by tensor, which is right for exits. All else, pytrees included, sees the tuples.
+    def items(self) -> ItemsView[str, Any]:
+        """Return the items, each tuple as a nested ``ModelOutput``, which the constructor turns into a tuple again."""
+        values = zip(self.keys(), self.values(), strict=True)
+        return {name: _nested(value) if isinstance(value, tuple) else value for name, value in values}.items()
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return OrderedDict.__getitem__(self, key) if isinstance(key, str) else super().__getitem__(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value.to_tuple() if isinstance(value, ModelOutput) else value)
+
     @property
     def is_dense(self) -> bool:
         """Whether the logits are per pixel, ``(batch, classes, height, width)``."""
@@ -43,6 +59,17 @@ class MultiExitOutput(ModelOutput):
     def ensemble_logits(self) -> Tensor:
         """Mean of all exits' logits, ``(batch, classes)``: the ensemble of BYOT (section 4) and EED (equation 1)."""
         return torch.stack(self.exit_logits).mean(dim=0)
+
+
+def _nested(values: tuple) -> ModelOutput:
+    return ModelOutput({str(index): value for index, value in enumerate(values)})
+
+
+def as_tuples(values: Any) -> Any:
+    """Turn nested outputs in a tuple of values of :meth:`MultiExitOutput.items` into tuples again."""
+    if not isinstance(values, tuple):
+        return values
+    return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in values)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..methods.base import multi_exit_model
 from ..model_card.facts import Evaluation
+from ..models.outputs import as_tuples
 from ..tasks import task_of
 from . import hyper_parameters, resume
 from .batches import checked_collator, seeded
@@ -70,7 +71,7 @@ class EvaluatingTrainer(Trainer):
         loss, outputs, labels = super().prediction_step(model, inputs, self.args.prediction_loss_only, ignored)
         if outputs is None:
             return loss, None, None
-        logits, exit_logits = outputs
+        logits, exit_logits = as_tuples(outputs)
         if labels is not None and self.exit_outputs is not None:
             reduced = task_of(self.network).reduce_logits(exit_logits, labels)
             self.exit_outputs.add(self.gather_function(reduced))

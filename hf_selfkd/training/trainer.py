@@ -11,6 +11,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..functional import add, counted_over_processes, cross_entropy, label_loss
 from ..methods import Method, get_method
+from ..methods.base import multi_exit_model
 from ..model_card.card import write_model_card
 from ..model_card.facts import collect_facts
 from ..tasks import task_of
@@ -20,6 +21,7 @@ from .batches import add_indices, checked_collator, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
 from .class_balance import ClassBalance
 from .evaluating_trainer import EvaluatingTrainer
+from .image_processing import adopt_image_processor, warn_about_size
 from .label_callbacks import CheckLabels
 from .learning_rates import GroupedLearningRates, check_learning_rates
 from .loss_sums import LossSums
@@ -137,6 +139,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
             settings.attach_method(self.method, model, args, has_mix=mix is not None, optimizer=optimizers[0])
         super().__init__(model=model, args=described(settings.own_arguments(args), self), **kwargs)
         self.balance, self.label_checks = ClassBalance(self, class_weights, balanced_sampling), CheckLabels(self)
+        adopt_image_processor(self.processing_class, self.network.config)
         hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
@@ -162,6 +165,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         if trial is not None and self.search_space is not None:
             self.method = self.search_space.method_of(trial)
         settings.attach_method(self.method, model, self.args, has_mix=self.mix is not None)
+        adopt_image_processor(getattr(self, "processing_class", None), multi_exit_model(model).config)
         return model
 
     def train(self, *args, **kwargs) -> TrainOutput:
@@ -263,6 +267,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
         self._indices = inputs.pop(INDICES, None)
+        warn_about_size(inputs.get("pixel_values"), self)
         prepare_batch(inputs, task_of(self.network), self.network.config)
         return inputs
 

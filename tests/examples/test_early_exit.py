@@ -3,6 +3,7 @@
 import json
 
 import early_exit
+import torch
 from transformers import AutoModelForImageClassification
 
 from hf_selfkd import EarlyExitOutput, ExitPolicy
@@ -33,3 +34,25 @@ def test_a_checkpoint_gets_an_exit_policy(hub, build, images, tmp_path, capsys):
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()} | {
         ".gitattributes": files[".gitattributes"]
     }
+
+
+def test_the_options_of_the_data_are_those_of_training():
+    options = early_exit.parse(
+        ["--checkpoint", "x", "--target_cost", "0.5", "--dataset", "folder", "--eval_share", "0.2"]
+        + ["--image_column", "photo", "--label_column", "kind", "--evaluation_split", "dev"]
+    )
+    assert (options.dataset, options.eval_share, options.evaluation_split) == ("folder", 0.2, "dev")
+    assert (options.image_column, options.label_column, options.target_cost) == ("photo", "kind", 0.5)
+
+
+def test_a_slow_policy_and_few_images_give_warnings():
+    labels = torch.arange(400) % 2
+    right = torch.nn.functional.one_hot(labels, 2).float()
+    speed = {"images_per_second": 90.0, "plain_images_per_second": 100.0, "realised_speedup": 0.9}
+    assert early_exit.warnings_of(speed | {"realised_speedup": 1.1}, right[None], labels) == []
+    (slow,) = early_exit.warnings_of(speed, right[None], labels)
+    assert "90 images/s, vs. 100 of the backbone" in slow
+    half = right.clone()
+    half[:200] = half[:200].flip(1)
+    (small,) = early_exit.warnings_of(speed | {"realised_speedup": 1.1}, half[None], labels)
+    assert "400 images" in small and "2.5 points" in small

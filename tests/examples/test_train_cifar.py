@@ -15,8 +15,11 @@ import torch
 import train_cifar
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict
 from huggingface_hub import ModelCard
+from PIL import ExifTags
 from PIL import Image as PILImage
+from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification, pipeline
+from transformers.image_utils import load_image
 
 import hf_selfkd
 from tests.helpers.hub_server import HubServer
@@ -60,7 +63,8 @@ def digits_run(tmp_path_factory):
 
 def test_training_shows_one_bar_and_a_row_per_epoch(digits_run):
     _, process, _ = digits_run
-    header, *rows = process.stdout.splitlines()[:3]
+    lines = process.stdout.splitlines()
+    header, *rows = lines[lines.index(next(line for line in lines if line.lstrip().startswith("epoch"))) :][:3]
     assert header.split() == "epoch loss exit 0 exit 1 exit 2 exit 3 ensemble".split()
     assert [row.split()[0] for row in rows] == ["1", "2"]
     assert {len(row.split()) for row in rows} == {7}
@@ -71,8 +75,12 @@ def test_training_shows_one_bar_and_a_row_per_epoch(digits_run):
 def test_training_ends_with_a_table_and_a_checkpoint_for_pipeline(digits_run):
     folder, process, _ = digits_run
     metrics = json.loads((folder / "eval_results.json").read_text())
-    lines = [line for line in process.stdout.splitlines() if line.startswith("|")]
-    header, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+    before, after = process.stdout.split("   epoch", maxsplit=1)
+    assert "320 images to train on, 120 images to evaluate on, 10 classes" in before
+    assert "8x8 pixels, RGB" in before and "learning rate 0.02, times 0.1 after epochs 5 (5 not reached" in before
+    lines = [line for line in after.splitlines() if line.startswith("|")]
+    header, _, *rows, ensemble = [line.strip("| ").split(" | ") for line in lines]
+    assert ensemble[:2] == ["ensemble", f"{100 * metrics['eval_ensemble_accuracy']:.2f}"]
     assert header == [
         "exit",
         "accuracy (%)",
@@ -157,13 +165,27 @@ def test_a_folder_of_images_of_every_mode(tmp_path):
     for row in images["train"]:
         assert data.read_image(row["image"]).mode == "RGB"
     options = ["--per_device_train_batch_size", "4", "--num_train_epochs", "1", "--lr_milestones", "1"]
+    options += ["--backbone_kwargs", '{"in_chans": 1}']  # and read as grey
     run("--dataset", tmp_path / "images", *FAST, *options, "--output_dir", tmp_path / "run")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert model.config.pretrained_cfg["input_size"] == [1, 32, 32]
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     PILImage.fromarray(np.array([[0, 25700, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
     image = data.read_image({"path": str(tmp_path / "deep.png"), "bytes": None})
     assert np.asarray(image)[0, :, 0].tolist() == [0, 100, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_datasets_and_pipelines_turn_them(tmp_path, orientation):
+    path, exif = str(tmp_path / "turned.png"), PILImage.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    noise().crop((0, 0, 6, 4)).save(path, exif=exif)
+    expected = [np.asarray(Image().decode_example({"path": path, "bytes": None})), np.asarray(load_image(path))]
+    found = np.asarray(data.read_image({"path": path, "bytes": None}))
+    assert found.shape[:2] == ((4, 6) if orientation < 5 else (6, 4))
+    assert all(np.array_equal(found, image) for image in expected)
 
 
 def test_cards_name_data_by_its_usual_name(tmp_path):
@@ -215,6 +237,40 @@ def test_labels_that_are_not_classes(tmp_path):
         data.load_images(data.DataArguments(dataset=folder))
     folder = parquet(tmp_path / "numbers", {"image": [noise()] * 3, "label": [0, 3, 1]})
     assert data.load_images(data.DataArguments(dataset=folder))[1] == ["0", "1", "2", "3"]
+
+
+def kinds_of(count):
+    """Return rows class by class, as class folders are read."""
+    rows = {"image": [{"bytes": b"", "path": None}] * (3 * count), "label": sorted([0, 1, 2] * count)}
+    features = Features(image=Image(decode=False), label=ClassLabel(names=["a", "b", "c"]))
+    return Dataset.from_dict(rows, features=features)
+
+
+def test_a_part_of_class_folders_has_all_classes(monkeypatch):
+    splits = DatasetDict(train=kinds_of(20), test=kinds_of(10))
+    monkeypatch.setattr(data.loading, "_load", lambda name, streaming: splits)
+    images, _ = data.load_images(data.DataArguments(dataset="x", max_train_samples=15, max_eval_samples=12))
+    assert set(images["train"]["label"]) == set(images["test"]["label"]) == {0, 1, 2}
+    assert (len(images["train"]), len(images["test"])) == (15, 12)
+    mixed = kinds_of(20).select([index * 7 % 60 for index in range(60)])
+    splits = DatasetDict(train=mixed, test=mixed)
+    images, _ = data.load_images(data.DataArguments(dataset="x", max_train_samples=15))
+    assert images["train"]["label"][:] == mixed["label"][:15]  # the first ones, as ever
+
+
+def test_images_to_evaluate_on_are_held_out(monkeypatch):
+    splits = DatasetDict(train=kinds_of(20))
+    monkeypatch.setattr(data.loading, "_load", lambda name, streaming: splits)
+    with pytest.raises(ValueError, match="or --eval_share 0.15 to hold out training images"):
+        data.load_images(data.DataArguments(dataset="x"))
+    images, _ = data.load_images(data.DataArguments(dataset="x", eval_share=0.15))
+    assert sorted(images["test"]["label"]) == [0] * 3 + [1] * 3 + [2] * 3
+    assert len(images["train"]) == 51
+    with pytest.raises(ValueError, match="must lie between 0 and 1, but got 1.5"):
+        data.load_images(data.DataArguments(dataset="x", eval_share=1.5))
+    splits["val"] = kinds_of(1)
+    with pytest.raises(ValueError, match="there is a split val: remove it"):
+        data.load_images(data.DataArguments(dataset="x", eval_share=0.15))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +335,13 @@ def test_an_empty_folder(tmp_path):
             ["--resume_from_checkpoint", "chekpoint-9"],
             "takes last or the folder of a checkpoint, but got 'chekpoint-9'",
         ),
-        (["--backbone_kwargs", '{"in_chans": 1}'], "read as RGB, but the backbone takes 1 channels."),
+        (["--backbone_kwargs", '{"in_chans": 4}'], "read as RGB or grey, but the backbone takes 4 channels."),
+        (["--recipe", "photo"], "--recipe takes cifar, photos or auto, but got 'photo'."),
+        (["--lr_scheduler_type", "cosine", "--lr_milestones", "3"], "Give one of them."),
+        (
+            ["--backbone", "deit_tiny_distilled_patch16_224", "--recipe", "photos", "--image_size", "64"],
+            "does not take images of 64x64 pixels. Use --image_size 224, or build it for these with --backbone_kwargs",
+        ),
         (["--preset", "quick"], "Unknown preset 'quick'. Available: smoke."),
         (["--auto_augment", "trivial"], "--auto_augment takes autoaugment or randaugment, but got 'trivial'."),
     ],
@@ -320,6 +382,72 @@ def test_regularization_and_a_frozen_backbone(tmp_path):
     frozen = hf_selfkd.MultiExitForImageClassification.from_pretrained(tmp_path / "frozen")
     assert same_weights(fresh.backbone, frozen.backbone)
     assert not torch.equal(fresh.exits[0].classifier.weight, frozen.exits[0].classifier.weight)
+
+
+@pytest.mark.parametrize("num_classes", [1000, 3])
+def test_a_new_classifier_on_a_frozen_backbone_is_trained(tmp_path, num_classes):
+    weights = str(tmp_path / "weights.safetensors")
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+    overlay = json.dumps({"pretrained_cfg_overlay": {"file": weights}})
+    options, images, _ = parse(
+        *("--backbone", "test_resnet", "--pretrained", "true", "--freeze_backbone", "true"),
+        *("--backbone_kwargs", overlay, "--recipe", "photos"),
+    )
+    model = train_cifar.build_model(options, images, [str(index) for index in range(num_classes)])
+    trained = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    assert trained == (set() if num_classes == 1000 else {"fc.weight", "fc.bias"})
+
+
+# Recipes
+
+
+def parse(*options):
+    return train_cifar.parse([*map(str, options), "--output_dir", "unused", "--use_cpu", "true"])
+
+
+def test_small_images_keep_the_recipe_of_the_papers(tmp_path):
+    write_images(tmp_path, {f"{index}.png": noise() for index in range(2)})
+    for options in ((), ("--dataset", "digits"), ("--dataset", tmp_path), ("--recipe", "cifar")):
+        model, images, args = parse(*options)
+        assert (model.recipe, model.lr_milestones, model.small_input_stem) == ("cifar", [75, 130, 180], True)
+        assert (images.image_size, images.crop_scale, images.crop_pct) == (32, None, 1.0)
+        assert (args.learning_rate, args.optim, args.max_grad_norm, args.num_train_epochs) == (0.1, "sgd", 0.0, 200)
+
+
+@pytest.mark.parametrize(
+    ("options", "optim", "rate"),
+    [
+        (("--backbone", "resnet18"), "sgd", 0.02),
+        (("--backbone", "resnet50.a1_in1k", "--pretrained", "true"), "sgd", 0.005),
+        (("--backbone", "tf_efficientnet_lite0", "--pretrained", "true"), "adamw_torch", 5e-4),
+        (("--backbone", "deit_tiny_patch16_224", "--pretrained", "true"), "adamw_torch", 1e-4),
+        (("--backbone", "convnext_atto", "--learning_rate", "0.3"), "adamw_torch", 0.3),
+    ],
+)
+def test_photographs_get_a_recipe_by_family(tmp_path, options, optim, rate):
+    write_images(tmp_path, {f"{index}.png": noise().resize((90, 60)) for index in range(2)})
+    model, images, args = parse("--dataset", tmp_path, *options)
+    assert (model.recipe, model.lr_milestones, model.small_input_stem) == ("photos", [], False)
+    assert (images.image_size, images.crop_scale, args.lr_scheduler_type) == (None, 0.35, "cosine")
+    assert (args.optim, args.learning_rate, args.max_grad_norm) == (optim, rate, 1.0)
+    assert args.per_device_eval_batch_size == 32
+
+
+def test_a_network_for_photographs_keeps_the_size_and_statistics_of_its_backbone():
+    options, images, _ = parse("--recipe", "photos", "--backbone", "test_convnext")
+    settings = train_cifar.build_model(options, images, ["a", "b"]).config.pretrained_cfg
+    plain = timm.create_model("test_convnext").pretrained_cfg
+    for name in ("input_size", "mean", "std", "crop_pct"):
+        assert settings[name] == (list(plain[name]) if isinstance(plain[name], tuple) else plain[name])
+    picture = noise().resize((300, 200))
+    assert data.training_transform(images, timm.data.resolve_data_config(settings))(picture).shape == (3, 160, 160)
+
+
+def test_a_scheduler_takes_the_place_of_the_milestones():
+    model, _, args = parse("--lr_scheduler_type", "cosine")
+    assert (model.lr_milestones, args.lr_scheduler_type) == ([], "cosine")
+    model, _, args = parse("--recipe", "photos", "--lr_milestones", 3, 5)
+    assert model.lr_milestones == [3, 5]
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()

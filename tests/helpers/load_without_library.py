@@ -46,6 +46,9 @@ with torch.no_grad():
 processor = AutoImageProcessor.from_pretrained(classifier)
 results["pixel_values"] = processor(Image.open(photo).convert("RGB"))["pixel_values"]
 results["predictions"] = pipeline("image-classification", model=classifier, trust_remote_code=True)(photo, top_k=5)
+model.config.early_exit = False  # with all exits, of which there are fewer than images
+classify = pipeline("image-classification", model=model, image_processor=processor)
+results["batch"] = classify([photo] * 6, batch_size=6, top_k=5)
 model.save_pretrained(folder / "copy")
 with torch.no_grad():
     features = AutoModel.from_pretrained(classifier, trust_remote_code=True)(images)
@@ -54,7 +57,9 @@ with torch.no_grad():
 maps = AutoModelForSemanticSegmentation.from_pretrained(segmenter, trust_remote_code=True).eval()
 with torch.no_grad():
     results["maps"] = maps(images).logits
-predictions = pipeline("image-segmentation", model=segmenter, trust_remote_code=True)(photo)
+segment = pipeline("image-segmentation", model=segmenter, trust_remote_code=True)
+predictions = segment(photo)
+results["batch_of_masks"] = [len(segments) for segments in segment([photo] * 6, batch_size=6)]
 results["masks"] = {
     prediction["label"]: torch.tensor(list(prediction["mask"].getdata())) for prediction in predictions
 }

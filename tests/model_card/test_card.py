@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -28,7 +29,7 @@ from hf_selfkd.methods.combination import Combination
 from hf_selfkd.model_card import CardFacts, card_metadata, write_model_card
 from hf_selfkd.model_card.environment import current_commit, device_name
 from hf_selfkd.model_card.facts import source_of_weights
-from hf_selfkd.model_card.values import cite
+from hf_selfkd.model_card.values import cite, example
 from tests.helpers.cards import cited_by, percents_of, sections_of, table_of
 
 ROOT = Path(__file__).parents[2]
@@ -438,3 +439,16 @@ def test_segmentation(build_segmenter, train, tmp_path):
     inference = trainer.model.num_parameters()
     assert f"{inference / 1e6:.3f} million" in sections_of(card.text)["Results"]
     assert yaml.safe_load(str(card).split("---")[1])["pipeline_tag"] == "image-segmentation"
+
+
+def test_the_card_of_a_network_that_no_pipeline_reads_images_for_loads_the_model(build):
+    def snippet(in_chans):
+        model = build(backbone_kwargs={"in_chans": in_chans})
+        return example(model, "ada/run")
+
+    assert "pipeline(" in snippet(1)
+    code = snippet(4).replace("from transformers import AutoModelForImageClassification", "")
+    model = build(backbone_kwargs={"in_chans": 4}).eval()
+    loader = SimpleNamespace(from_pretrained=lambda name, trust_remote_code: model)
+    exec(code, {"AutoModelForImageClassification": loader})
+    assert "pipeline(" not in code

@@ -62,10 +62,12 @@ def test_a_trained_checkpoint_works_where_only_torch_timm_and_transformers_are(
         results["predictions"], pipeline("image-classification", model="ada/run")(photo, top_k=5), strict=True
     ):
         assert prediction == {"label": expected["label"], "score": pytest.approx(expected["score"], abs=1e-5)}
+    assert len(results["batch"]) == 6 and all(row == results["batch"][0] for row in results["batch"])
     for name in shipped_modules() - {"modeling_segmentation", "pyramid", "labels"}:
         assert (tmp_path / "copy" / f"{name}.py").read_bytes() == (MODELS / f"{name}.py").read_bytes()
 
     with torch.no_grad():
         torch.testing.assert_close(results["maps"], maps(first).logits, atol=1e-5, rtol=1e-5)
     masks = pipeline("image-segmentation", model="ada/maps")(photo)
+    assert results["batch_of_masks"] == 6 * [len(results["masks"])]
     assert results["masks"].keys() == {mask["label"] for mask in masks}
