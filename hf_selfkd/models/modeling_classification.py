@@ -132,7 +132,9 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
     # The shape of a shrinking batch depends on the data, so a compiled model runs this part uncompiled.
     @torch.compiler.disable
     @torch.no_grad()
-    def early_exit(self, pixel_values: Tensor, policy: ExitPolicy | None = None) -> EarlyExitOutput:
+    def early_exit(
+        self, pixel_values: Tensor, policy: ExitPolicy | None = None, thresholds: Tensor | None = None
+    ) -> EarlyExitOutput:
         """Exit each image at the exit that the policy selects; the rest of the network runs on the remaining images.
 
         The outputs equal those of computing all exits and choosing afterwards. If the network is not sequential at its
@@ -143,13 +145,17 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         Args:
             pixel_values: ``(batch, channels, height, width)``.
             policy: Decides when an image may exit; ``None`` takes ``config.exit_policy``.
+            thresholds: Thresholds of each image, ``(batch, auxiliary exits)``, in the place of the policy's, such as
+                those of ``policy.at(target_cost)`` with a cost per image; ``None`` for the policy's.
 
         Raises:
-            ValueError: If the model is in training mode, or the policy is missing or for another number of exits.
+            ValueError: If the model is in training mode, the policy is missing or for another number of exits, or
+                thresholds have another shape or are negative or NaN.
         """
         if self.training:
             raise ValueError("early_exit needs a model in eval mode, but it is in training mode. Call model.eval().")
-        return exit_early(self, pixel_values, resolve_policy(policy, self.config.exit_policy, self.num_exits))
+        policy = resolve_policy(policy, self.config.exit_policy, self.num_exits)
+        return exit_early(self, pixel_values, policy, thresholds)
 
     def logits_at_exit(self, exit: int, stage_output: Any, image_size: tuple[int, int]) -> Tensor:
         """Return the logits ``(batch, classes)`` of an auxiliary exit.
