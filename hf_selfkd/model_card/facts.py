@@ -45,6 +45,8 @@ class CardFacts:
         num_train_images: Number of training images.
         num_eval_images: Number of evaluation images.
         metrics: Return value of the trainer's ``evaluate``; values that are not finite are dropped.
+        results: Results on further datasets, each with its ``name``, ``num_images`` and ``metrics``, whose names begin
+            with ``eval_`` as in ``metrics``.
         methods: Methods that the model was trained with, each with ``name``, ``summary`` and ``paper``, see
             :func:`method_facts`.
         hyper_parameters: Hyper-parameters of the methods that differ from their defaults.
@@ -69,6 +71,7 @@ class CardFacts:
     num_train_images: int | None = None
     num_eval_images: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    results: Sequence[dict[str, Any]] = ()
     methods: Sequence[dict[str, str]] = ()
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +86,8 @@ class CardFacts:
     trial: dict[str, Any] | None = None
 
     def __post_init__(self):
-        self.metrics = {name: value for name, value in self.metrics.items() if is_known(value)}
+        self.metrics = _known(self.metrics)
+        self.results = [result | {"metrics": _known(result["metrics"])} for result in self.results]
 
 
 def collect_facts(
@@ -131,15 +135,26 @@ def collect_facts(
         tags=[*trainer.model.model_tags, *_listed(tags)],
         latency=measure_latency(trainer.model) if latency and not is_sharded else None,
         commit=current_commit() if commit else None,
-        **_evaluation_facts(trainer.card_recorder.evaluation),
+        **_evaluation_facts(trainer.card_recorder.evaluations),
         **_training_facts(trainer, recipe or {}),
     )
 
 
-def _evaluation_facts(evaluation: Evaluation | None) -> dict[str, Any]:
-    if evaluation is None:
-        return {}
-    return {"num_eval_images": evaluation.num_images, "metrics": evaluation.metrics}
+def _evaluation_facts(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    """Return the results of the evaluations with the prefix ``eval``, and of those with others."""
+    found: dict[str, Any] = {"results": []}
+    for prefix, (_, num_images, metrics) in evaluations.items():
+        own = {
+            name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")
+        }
+        metrics = {f"eval_{name}": value for name, value in own.items()}
+        if prefix == "eval":
+            found |= {"num_eval_images": num_images, "metrics": metrics}
+        else:
+            found["results"].append(
+                {"name": prefix.removeprefix("eval_"), "num_images": num_images, "metrics": metrics}
+            )
+    return found
 
 
 def _training_facts(trainer: Trainer, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +171,10 @@ def _training_facts(trainer: Trainer, recipe: dict[str, Any]) -> dict[str, Any]:
 def is_known(value: Any) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _known(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if is_known(value)}
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:

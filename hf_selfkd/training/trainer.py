@@ -220,13 +220,19 @@ class SelfDistillationTrainer(Trainer):
         prepare_batch(inputs, task_of(self.network), self.network.config)
         return inputs
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         """Evaluate the averaged weights if there are any, with batch-norm statistics that agree on all processes."""
         if self.is_in_train:
             resume.synchronise_batch_norm(self)
         with self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext():
-            output = super().evaluation_loop(*args, **kwargs)
-        self.card_recorder.record(Evaluation(self.state.global_step, output.num_samples, output.metrics))
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        if description == "Evaluation":  # and not that of predict
+            evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics)
+            self.card_recorder.record(metric_key_prefix, evaluation)
         return output
 
     def prediction_step(self, *args, **kwargs) -> tuple[Tensor | None, Any, Tensor | None]:
