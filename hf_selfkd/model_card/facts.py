@@ -144,10 +144,8 @@ def _evaluation_facts(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
     """Return the results of the evaluations with the prefix ``eval``, and of those with others."""
     found: dict[str, Any] = {"results": []}
     for prefix, (_, num_images, metrics) in evaluations.items():
-        own = {
-            name.removeprefix(f"{prefix}_"): value for name, value in metrics.items() if name.startswith(f"{prefix}_")
-        }
-        metrics = {f"eval_{name}": value for name, value in own.items()}
+        start = len(prefix) + 1
+        metrics = {f"eval_{name[start:]}": metrics[name] for name in metrics if name.startswith(f"{prefix}_")}
         if prefix == "eval":
             found |= {"num_eval_images": num_images, "metrics": metrics}
         else:
