@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import TrainingArguments
 
 from hf_selfkd import MultiExitForImageClassification, MultiExitForSemanticSegmentation
 from hf_selfkd.tasks import TASKS, task_of
+from hf_selfkd.training.settings import own_arguments
 
 CLASSES, PIXELS = TASKS["image-classification"], TASKS["image-segmentation"]
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -47,10 +49,24 @@ def test_metrics_are_those_with_a_title_and_the_loss(task, output_of):
     _, exit_logits, labels = output_of(task)
     metrics = task.compute_metrics(*task.reduce_logits(exit_logits, labels))
     exits = [f"exit_{exit}" for exit in range(len(exit_logits))]
-    titled = {f"{metric}_{name}" for metric in task.metric_titles for name in (*exits, "ensemble")}
-    losses = {"loss", *(f"loss_{name}" for name in exits)}
+    titled = {f"{name}_{metric}" for metric in task.metric_titles for name in (*exits, "ensemble")}
+    losses = {"loss", *(f"{name}_loss" for name in exits)}
     assert metrics.keys() == titled | losses | set(task.metric_titles)
     assert task.metric in metrics
+
+
+@every_task
+def test_the_rule_for_the_best_model_is_right_for_every_metric(task):
+    """By transformers' rule the end of a name tells whether greater is better."""
+    labels = torch.arange(4) % 2 if task is CLASSES else (torch.arange(64) % 2).reshape(1, 8, 8)
+    perfect = 3 * torch.nn.functional.one_hot(labels, 5).movedim(-1, 1).float()
+    good, bad = (
+        task.compute_metrics(*task.reduce_logits([logits, logits], labels)) for logits in (3 * perfect, -3 * perfect)
+    )
+    for name in good:
+        args = own_arguments(TrainingArguments(use_cpu=True, metric_for_best_model=f"eval_{name}"))
+        assert args.greater_is_better is (good[name] > bad[name]), name
+        assert good[name] != bad[name], name
 
 
 @every_task

@@ -96,7 +96,7 @@ def export_exit(
     with torch.no_grad():
         exported = writers[format](static, images[:2], path)
         for batch in (images[:1], images):
-            expected = original(batch, output_hidden_states=True).exit_logits[exit]
+            expected = original(batch, output_hidden_states=True, return_dict=True).exit_logits[exit]
             error = (exported(batch) - expected).abs().max().item()
             if not error <= 1e-3 * max(1.0, expected.abs().max().item()):
                 raise RuntimeError(

@@ -29,7 +29,7 @@ def collect_logits(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]])
     logits, labels = [], []
     for batch in batches:
         targets = batch["labels"].to(model.device)
-        output = model(batch["pixel_values"].to(model.device), labels=targets)  # with labels: all exits
+        output = model(batch["pixel_values"].to(model.device), labels=targets, return_dict=True)  # labels: all exits
         logits.append(torch.stack(output.exit_logits).float().cpu())
         labels.append(targets.cpu())
     return torch.cat(logits, dim=1), torch.cat(labels)

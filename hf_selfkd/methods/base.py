@@ -93,6 +93,8 @@ class Method:
         model = multi_exit_model(model)
         self.check(model)
         model.scaffold = self.scaffold(model)
+        if model.scaffold is not None:
+            model.scaffold.attached_by = self
         model.detach_exits = self.detaches_exits(model.scaffold)
         model.returns_maps = self.reads_maps
 

@@ -137,7 +137,7 @@ class Ensemble(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map ``(batch, channels, height, width)`` to logits ``(batch, classes)``."""
-        return self.students.predict(self.model(pixel_values, output_hidden_states=True))[1]
+        return self.students.predict(self.model(pixel_values, output_hidden_states=True, return_dict=True))[1]
 
 
 def _weight(classifiers: Sequence[nn.Module]) -> Tensor:
@@ -156,7 +156,7 @@ class OKDMDE(Method):
     https://arxiv.org/abs/2010.00795. Neither the authors' code nor the numbers of the paper are public; where the
     abstract gives no details we follow related work (ONE, OKDDip) and say so. The students share the trunk, whose
     gradient is the sum over them. The network's own last stage is one of them, so the trained model is a branch;
-    ``model.scaffold.to_model(model, student)`` returns another, ``to_ensemble(model)`` all. If the last stage cannot
+    ``trainer.scaffold.to_model(model, student)`` returns another, ``to_ensemble(model)`` all. If the last stage cannot
     be copied, the exits are the students and are not detached.
 
     Args:

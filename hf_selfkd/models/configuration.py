@@ -154,6 +154,11 @@ class MultiExitConfig(PreTrainedConfig):
             )
         if not isinstance(self.image_processor_type, str):
             raise ValueError(f"image_processor_type must be a name, but got {self.image_processor_type!r}.")
+        for name, only in (("chunk_size_feed_forward", 0), ("is_encoder_decoder", False)):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name} must be {only!r}, but got {getattr(self, name)!r}: it is for language models."
+                )
         for name in ("small_input_stem", "early_exit", "ensemble"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, but got {getattr(self, name)!r}.")

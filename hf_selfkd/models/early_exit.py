@@ -60,7 +60,9 @@ def _choose_exits_afterwards(
         "With a single auxiliary exit it saves time.",
         stacklevel=6,
     )
-    exit_logits = model(pixel_values, output_hidden_states=True).exit_logits  # hidden states imply all exits
+    exit_logits = model(
+        pixel_values, output_hidden_states=True, return_dict=True
+    ).exit_logits  # hidden states imply all exits
     exit_index, logits = policy.decide(exit_logits, thresholds)
     confidences = torch.stack([policy.score(exit, logits)[1] for exit, logits in enumerate(exit_logits)])
     return EarlyExitOutput(logits, exit_index, confidences.gather(0, exit_index.unsqueeze(0))[0])

@@ -108,6 +108,13 @@ class MultiExitPreTrainedModel(PreTrainedModel):
                 )
         return list(self.config.exits)
 
+    def _as_configured(self, output_hidden_states: bool | None, return_dict: bool | None) -> tuple[bool, bool]:
+        """Return two arguments of ``forward``, those that are ``None`` as the configuration has them."""
+        return (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            self.config.return_dict if return_dict is None else return_dict,
+        )
+
     def _finish(
         self,
         pixel_values: Tensor,

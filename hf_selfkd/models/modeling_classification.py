@@ -55,8 +55,9 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             labels: Class indices ``(batch,)`` or probabilities ``(batch, classes)``; adds ``loss``.
             output_hidden_states: Whether to return the feature maps of all stages; always so in training, unless
                 ``returns_maps`` is false.
-            return_dict: ``False`` returns a tuple.
+            return_dict: ``False`` returns a tuple. ``None``, here and above, takes the configuration's field.
         """
+        output_hidden_states, return_dict = self._as_configured(output_hidden_states, return_dict)
         if self.config.early_exit and not self.training and labels is None and not output_hidden_states:
             early = self.early_exit(pixel_values)
             return early if return_dict is not False else early.to_tuple()

@@ -119,13 +119,14 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                 ignored pixels; adds ``loss``, for which the logits are interpolated to their size.
             output_hidden_states: Whether to return the feature maps of the pyramid; always so in training, unless
                 ``returns_maps`` is false.
-            return_dict: ``False`` returns a tuple.
+            return_dict: ``False`` returns a tuple. ``None``, here and above, takes the configuration's field.
 
         Raises:
             ValueError: If ``labels`` have another size than the images or hold a class that the model does not have;
                 if the backbone does not take images of this size; or in training, for a single image that is too
                 small.
         """
+        output_hidden_states, return_dict = self._as_configured(output_hidden_states, return_dict)
         if labels is not None:
             labels = self._checked_labels(labels, pixel_values)
         height, width = pixel_values.shape[-2:]

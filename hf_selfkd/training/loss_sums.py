@@ -42,14 +42,18 @@ class LossSums:
         for name, term in terms.items():
             self._terms[name] = self._terms[name] + share * term.detach()
 
+    def reset(self) -> None:
+        """Start again."""
+        self._terms.clear()
+        self._steps = 0.0
+
     def pop_means(self) -> dict[str, float]:
         """Return the mean of every term over steps and processes, and start again. Every process must call this."""
         gather, device = self._trainer.accelerator.gather, self._trainer.args.device
         means = {
             name: gather(value.to(device).float()).mean().item() / self._steps for name, value in self._terms.items()
         }
-        self._terms.clear()
-        self._steps = 0.0
+        self.reset()
         return means
 
     def snapshot(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Stop a run, or skip a step, when a number is not finite, before the weights change."""
 
-import math
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class NonFiniteGuard(TrainerCallback):
         self.trainer = trainer
         self.max_skipped_batches = max_skipped_batches
         self.skipped = 0
-        self._grad_norm = 0.0
+        self._grad_norm = torch.zeros(())
         self._batches: list[tuple[dict[str, Tensor], Tensor | None]] = []
         self._before: dict[str, Any] = {}
 
@@ -56,15 +55,17 @@ class NonFiniteGuard(TrainerCallback):
         """Note the terms of a micro-batch, and the samples in it."""
         self._batches.append(({name: term.detach() for name, term in terms.items()}, indices))
 
+    def observe_gradient(self, model: torch.nn.Module) -> None:
+        """Note the norm of a step's gradient, before clipping: a norm that overflows is clipped to a gradient of 0."""
+        if self.trainer.accelerator.scaler is None:  # else a gradient that overflows is a search for the scale
+            self._grad_norm = _local_grad_norm(model).to(self.trainer.args.device).float()
+
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         """Stop, or skip the step, if a number is not finite."""
-        numbers = [term.float() for terms, _ in self._batches for term in terms.values()]
-        if self.trainer.accelerator.scaler is None:  # else a gradient that overflows is a search for the scale
-            numbers.append(_local_grad_norm(model).to(args.device).float())
-        numbers = torch.stack(numbers)
+        terms = [term.float() for terms, _ in self._batches for term in terms.values()]
+        numbers = torch.stack([*terms, self._grad_norm.to(args.device)])
         if not on_any_process(~numbers.isfinite().all(), args.device):
             return
-        self._grad_norm = numbers[-1].item()
         reports = gather_object(self._describe_terms()) or gather_object(self._describe_gradient())
         report = (
             f"{'; '.join(reports)}; at step {state.global_step + 1} with a learning rate of "
@@ -98,10 +99,11 @@ class NonFiniteGuard(TrainerCallback):
 
     def _describe_gradient(self) -> list[str]:
         """Report the gradient of this process: a bad term of one process spoils that of all."""
-        if math.isfinite(self._grad_norm):
+        if self._grad_norm.isfinite():
             return []  # of shards, those of another process
         samples = [indices for _, indices in self._batches if indices is not None]
-        return [f"{self._process()}grad_norm is {self._grad_norm}{_samples(torch.cat(samples) if samples else None)}"]
+        named = _samples(torch.cat(samples) if samples else None)
+        return [f"{self._process()}grad_norm is {self._grad_norm.item()}{named}"]
 
     def _process(self) -> str:
         args = self.trainer.args

@@ -75,6 +75,12 @@ class SeededDataset(Dataset):
         """
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the data's own attribute, for samplers that read labels or columns."""
+        if name == "dataset" or name.startswith("__"):  # copying and pickling ask for these
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __len__(self) -> int:
         return len(self.dataset)
 

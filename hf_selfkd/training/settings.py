@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from ..methods import Method
 from ..methods.base import multi_exit_model
 from ..model_card.facts import collect_facts
+from ..models.checkpoint_files import shorten
 from ..tasks import task_of
 from .hub import HiddenToken
+from .refused_arguments import check_refused
 
 
 def check_settings(
-    args: TrainingArguments, card: dict[str, Any], max_skipped_batches: int, *, has_own_metrics: bool
+    args: TrainingArguments, card: dict[str, Any], max_skipped_batches: int, *, has_milestones: bool
 ) -> None:
     """Check settings before training.
 
@@ -28,13 +30,33 @@ def check_settings(
     """
     if args.fp16 and max_skipped_batches:
         raise ValueError("fp16 skips such batches itself. Leave max_skipped_batches at 0, or use bf16.")
-    if args.batch_eval_metrics and not has_own_metrics:
+    if has_milestones and (args.lr_scheduler_type != SchedulerType.LINEAR or args.lr_scheduler_kwargs):
         raise ValueError(
-            "batch_eval_metrics needs your own compute_metrics. Do not set it: the built-in metrics need no logits."
+            f"lr_milestones replace lr_scheduler_type, but both were given (lr_scheduler_type="
+            f"{args.lr_scheduler_type.value!r}, lr_scheduler_kwargs={args.lr_scheduler_kwargs!r}). Leave one out."
         )
+    check_refused(args)
     known = list(inspect.signature(collect_facts).parameters)[2:]
     if unknown := sorted(card.keys() - set(known)):
         raise TypeError(f"card has the unknown keys {', '.join(unknown)}. It takes {', '.join(known)}.")
+
+
+def check_optimizers(optimizers: tuple[Any, ...], *, has_milestones: bool, decay_norms: bool) -> None:
+    """Raise ValueError if an optimizer or scheduler of the user's own makes another setting meaningless.
+
+    Args:
+        optimizers: The optimizer and the scheduler, ``None`` where the trainer builds it.
+        has_milestones: Whether there are ``lr_milestones``.
+        decay_norms: The trainer's setting.
+    """
+    optimizer, scheduler, *_ = optimizers
+    if scheduler is not None and has_milestones:
+        raise ValueError("lr_milestones build a scheduler, but optimizers holds one. Leave one of them out.")
+    if optimizer is not None and decay_norms:
+        raise ValueError(
+            "decay_norms groups the parameters of the optimizer that the trainer builds, but optimizers holds one. "
+            "Leave it out, and group the parameters yourself."
+        )
 
 
 def own_arguments(args: TrainingArguments) -> TrainingArguments:
@@ -51,18 +73,32 @@ def own_arguments(args: TrainingArguments) -> TrainingArguments:
         args.dataloader_pin_memory = False  # torch would warn that it cannot
     args.logging_nan_inf_filter = False  # would read the loss twice a batch; NonFiniteGuard reads it once a step
     args.enable_jit_checkpoint = False  # saves within a step, from where no run continues exactly; see SaveOnSigterm
+    args.label_names = ["labels"]  # Trainer would not find them in what wraps the model
+    if (args.metric_for_best_model or "").endswith("calibration_error"):
+        args.greater_is_better = False  # Trainer takes all but a loss for greater is better
     if args.hub_token is not None:
         args.hub_token = HiddenToken(args.hub_token)
     return args
 
 
-def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, has_mix: bool) -> None:
+def attach_method(
+    method: Method,
+    model: nn.Module,
+    args: TrainingArguments,
+    *,
+    has_mix: bool,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
     """Attach a method to a model, with a scaffold that is equal on all processes.
 
+    A scaffold that the method has attached before stays where an optimizer is given, which holds its parameters.
+
     Raises:
-        ValueError: If the model cannot be trained with the method or these settings.
+        ValueError: If the model cannot be trained with the method or these settings, or the optimizer lacks
+            parameters that train.
     """
     network = multi_exit_model(model)
+    network.config.check()  # fields may have been set since the model was built
     method.check(network)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("No parameter is left to train: the backbone is frozen and the model has no exits.")
@@ -71,9 +107,22 @@ def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, 
             f"label_smoothing_factor and mix make probabilities of labels, which {network.task} does not take. Do not "
             "set them."
         )
-    torch.manual_seed(args.seed)
-    method.attach(network)
+    if optimizer is None or getattr(network.scaffold, "attached_by", None) != method:
+        torch.manual_seed(args.seed)
+        method.attach(network)
     network.add_model_tags(method.name.split("+"))
+    if optimizer is not None:
+        _check_optimizer(optimizer, model)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    named = model.named_parameters()
+    if missing := [name for name, parameter in named if parameter.requires_grad and id(parameter) not in given]:
+        raise ValueError(
+            f"The optimizer lacks parameters that train: {shorten(missing)}. Call method.attach(model) before "
+            "building it from model.parameters(), and requires_grad_(False) on what is not to train."
+        )
 
 
 @contextmanager

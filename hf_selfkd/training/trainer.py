@@ -6,20 +6,22 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
+from transformers import TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from ..functional import add, counted_over_processes, cross_entropy
+from ..functional import add, counted_over_processes, cross_entropy, label_loss
 from ..methods import Method, get_method
-from ..methods.base import multi_exit_model
 from ..model_card.card import write_model_card
-from ..model_card.facts import Evaluation, collect_facts
+from ..model_card.facts import collect_facts
 from ..tasks import task_of
-from . import hub, recipe, resume, settings
+from . import hub, label_losses, recipe, resume, settings
+from .attachment import Attachment
 from .batches import add_indices, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
+from .evaluating_trainer import EvaluatingTrainer
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
+from .run_arguments import described
 from .seeded_data import INDICES
 from .sigterm import SaveOnSigterm
 from .streaming import SeededStream, StreamPosition
@@ -36,7 +38,7 @@ PRIVATE_HOOKS = {
 }
 
 
-class SelfDistillationTrainer(Trainer):
+class SelfDistillationTrainer(EvaluatingTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Each term of the method is logged as ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and
@@ -46,7 +48,8 @@ class SelfDistillationTrainer(Trainer):
 
     Training samples are drawn under random states of seed, epoch and index only: neither resuming nor the number of
     workers changes the augmentation. ``uint8`` images are normalised on the device. A loss, a term or a gradient that
-    is not finite stops all processes before the weights change.
+    is not finite stops all processes before the weights change. When training ends, what the method attached to the
+    model comes off it; ``trainer.scaffold`` keeps the scaffold, and the next ``train()`` continues with it.
 
     Args:
         model: A multi-exit model, or a module that wraps one; ``None`` if ``model_init`` builds it.
@@ -65,8 +68,11 @@ class SelfDistillationTrainer(Trainer):
             logged as ``skipped_batches``.
         save_on_sigterm: Whether SIGTERM saves a checkpoint at the end of the step and ends the process with status
             143. ``enable_jit_checkpoint`` enables it too.
-        compute_metrics: As in ``Trainer``, and then it sees the logits of all exits; ``None`` for the metrics above.
-        kwargs: Further arguments of ``Trainer``.
+        predict_all_exits: Whether ``predictions``, of ``predict`` and for ``compute_metrics``, are a tuple of the
+            logits of every exit instead of the model's ``logits``, those of the final exit.
+        kwargs: Further arguments of ``Trainer``. ``compute_metrics`` adds to the metrics above. ``compute_loss_func``
+            is the label loss of every exit, see :func:`~hf_selfkd.training.label_losses.from_stock`. ``optimizers``
+            must hold all parameters that train: call ``method.attach(model)`` before building one.
 
     Raises:
         ValueError: If the model cannot be trained with the method, or a setting contradicts another.
@@ -89,29 +95,30 @@ class SelfDistillationTrainer(Trainer):
         card: dict[str, Any] | None = None,
         max_skipped_batches: int = 0,
         save_on_sigterm: bool = False,
-        compute_metrics=None,
+        predict_all_exits: bool = False,
         **kwargs,
     ):
         self.method = get_method(method) if isinstance(method, str) else method
         if not isinstance(self.method, Method):
             raise TypeError(f"method must be a name or a Method such as get_method('byot'), but got {method!r}.")
         args = TrainingArguments() if args is None else args
-        settings.check_settings(args, card or {}, max_skipped_batches, has_own_metrics=compute_metrics is not None)
+        settings.check_settings(args, card or {}, max_skipped_batches, has_milestones=bool(lr_milestones))
         self.lr_milestones, self.lr_gamma, self.decay_norms = tuple(lr_milestones), lr_gamma, decay_norms
-        self.mix, self.card = mix, card or {}
-        optimizers = (*kwargs.get("optimizers", ()), kwargs.get("optimizer_cls_and_kwargs"))
+        self.mix, self.card, self.predict_all_exits = mix, card or {}, predict_all_exits
+        optimizers = (*(kwargs.get("optimizers") or (None, None)), kwargs.get("optimizer_cls_and_kwargs"))
+        settings.check_optimizers(optimizers, has_milestones=bool(lr_milestones), decay_norms=decay_norms)
         self.has_own_optimizer = any(part is not None for part in optimizers)
-        self.reduces_logits = compute_metrics is None and "preprocess_logits_for_metrics" not in kwargs
+        self.label_loss = label_losses.from_stock(kwargs.get("compute_loss_func"))
         self.aside: str | None = None  # the folder of a checkpoint while it is written
         self.sums, self.stream_position, self.seed_data = LossSums(self), StreamPosition(), SeedData()
         self.nonfinite = NonFiniteGuard(self, max_skipped_batches)
         self.sigterm = SaveOnSigterm() if save_on_sigterm or args.enable_jit_checkpoint else None
         self.average = None if ema_decay is None else EmaWeights(ema_decay)
         self.restore, self.card_recorder = resume.RestoreProcess(self), CardRecorder()
+        self.attachment = Attachment(self)
         if model is not None:
-            settings.attach_method(self.method, model, args, has_mix=mix is not None)
-        args, metrics = settings.own_arguments(args), compute_metrics or self._exit_metrics
-        super().__init__(model=model, args=args, compute_metrics=metrics, **kwargs)
+            settings.attach_method(self.method, model, args, has_mix=mix is not None, optimizer=optimizers[0])
+        super().__init__(model=model, args=described(settings.own_arguments(args), self), **kwargs)
         hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
@@ -120,20 +127,29 @@ class SelfDistillationTrainer(Trainer):
             self.add_callback(callback)
 
     @property
-    def network(self) -> nn.Module:
-        """The multi-exit model in ``model``, which may wrap it."""
-        return multi_exit_model(self.model)
+    def scaffold(self) -> nn.Module | None:
+        """The modules used only in training, also when training has ended and they are no longer on the model."""
+        return self.attachment.scaffold
 
     def call_model_init(self, trial=None) -> nn.Module:
         """Build the model with ``model_init``, for each trial of a search, and attach the method to it."""
         model = super().call_model_init(trial)
+        if trial is not None and self.search_space is not None:
+            self.method = self.search_space.method_of(trial)
         settings.attach_method(self.method, model, self.args, has_mix=self.mix is not None)
         return model
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train as ``Trainer`` does, and listen to SIGTERM if that is switched on."""
-        with nullcontext() if self.sigterm is None else self.sigterm.listening():
+        with nullcontext() if self.sigterm is None else self.sigterm.listening(), self.attachment.on_the_model():
             return super().train(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Compute the gradients of a micro-batch; their norm is noted before ``max_grad_norm`` clips them."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.nonfinite.observe_gradient(model)
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Add up the method's terms in training; in evaluation return the cross-entropy of the final exit."""
@@ -145,15 +161,21 @@ class SelfDistillationTrainer(Trainer):
         if self.model.training:
             loss, output = self._training_loss(model, images, labels)
         else:
-            output = model(images, labels=labels)  # with labels all exits run, whatever config.early_exit is
-            loss = cross_entropy(output.exit_logits[-1], labels)
+            output = model(images, labels=labels, return_dict=True)
+            with label_loss(None if self.compute_loss_func is None else self.label_loss):
+                loss = cross_entropy(output.exit_logits[-1], labels)
         return (loss, output) if return_outputs else loss
 
     def _training_loss(self, model: nn.Module, images: Tensor, labels: Tensor):
         images, labels = recipe.mixed(self, images, labels)
-        output = model(images)
-        with counted_over_processes():
+        output = model(images, return_dict=True)
+        with counted_over_processes(), label_loss(self.label_loss) as losses:
             terms = self.method.terms(output, labels, self.state.epoch or 0.0)
+        if self.label_loss is not None and not losses:
+            raise ValueError(
+                f"compute_loss_func has no effect on {type(self.method).__name__}, which does not take its label loss "
+                "from hf_selfkd.functional.cross_entropy. Call that in the method, or leave compute_loss_func out."
+            )
         loss = add(terms.values())
         named = {f"loss/{name}": term for name, term in terms.items()}
         self.sums.add(named | self.method.metrics(output), 1 / self.current_gradient_accumulation_steps)
@@ -187,6 +209,7 @@ class SelfDistillationTrainer(Trainer):
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ) -> tuple[int, int]:
         self.restore.checkpoint = resume_from_checkpoint
+        self.sums.reset()  # of a training that was interrupted
         counts = (max_steps, num_update_steps_per_epoch, num_train_epochs)
         begun = super()._init_training_state(*counts, resume_from_checkpoint, trial)
         if self.state.global_step >= max_steps:
@@ -196,63 +219,21 @@ class SelfDistillationTrainer(Trainer):
         return self.stream_position.resume(self.state, skips_data=not self.args.ignore_data_skip), 0
 
     def get_train_dataloader(self):
-        """Return the training loader; its batches have the indices of their samples, unless the data is a stream."""
+        """Return the training loader; in training its batches have sample indices, unless the data is a stream."""
         steps = self.args.gradient_accumulation_steps
         batch_size = self.get_total_train_batch_size(self.args) // (steps * self.args.world_size)
         data = seeded(self.train_dataset, self, "training", batch_size)
         with settings.swapped(self, train_dataset=data):
             loader = super().get_train_dataloader()
         self.seed_data.follow(data)
-        return self.stream_position.follow(data, loader, steps) or add_indices(loader)
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Return the evaluation loader; its samples are checked."""
-        with settings.swapped(self, eval_dataset=seeded(self.eval_dataset, self, "evaluation")):
-            return super().get_eval_dataloader(seeded(eval_dataset, self, "evaluation"))
-
-    def get_test_dataloader(self, test_dataset):
-        """Return the test loader; its samples are checked."""
-        return super().get_test_dataloader(seeded(test_dataset, self, "test"))
+        stream = self.stream_position.follow(data, loader, steps)
+        return stream or (add_indices(loader) if self.is_in_train else loader)
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
         self._indices = inputs.pop(INDICES, None)
         prepare_batch(inputs, task_of(self.network), self.network.config)
         return inputs
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """Evaluate the averaged weights if there are any, with batch-norm statistics that agree on all processes."""
-        if self.is_in_train:
-            resume.synchronise_batch_norm(self)
-        with self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        if description == "Evaluation":  # and not that of predict
-            evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics)
-            self.card_recorder.record(metric_key_prefix, evaluation)
-        return output
-
-    def prediction_step(self, *args, **kwargs) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Reduce logits to the inputs of the metrics before they are gathered and kept."""
-        loss, logits, labels = super().prediction_step(*args, **kwargs)
-        if self.reduces_logits and logits is not None and labels is not None:
-            logits = task_of(self.network).reduce_logits(logits[1], labels)
-            labels = labels.reshape(len(labels), -1)[:, 0]  # Trainer needs some, and the metrics none
-        return loss, logits, labels
-
-    def _exit_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        task, reduced = task_of(self.network), prediction.predictions
-        if not self.reduces_logits:
-            reduced = task.reduce_logits(reduced[1], prediction.label_ids)
-        return task.compute_metrics(*reduced)
-
-    def predict(self, *args, **kwargs) -> PredictionOutput:
-        """Predict; ``predictions`` holds the logits and a tuple with those of every exit, unless preprocessed."""
-        with settings.swapped(self, reduces_logits=False):
-            return super().predict(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         return self.aside or super()._get_output_dir(trial)

@@ -130,8 +130,8 @@ def test_each_prepares_its_own_scaffold_from_all_batches(build, train, own_metho
     trainer = train(build(), method, max_steps=1, eval_strategy="no")
     assert seen == {"scaffold": None, "images": 20}
     alone = train(build(), get_method("lsh", teacher=network, num_hashes=8), max_steps=1)
-    assert alone.model.scaffold.bias.count_nonzero() == 8
-    assert torch.equal(trainer.model.scaffold["lsh"].bias, alone.model.scaffold.bias)
+    assert alone.scaffold.bias.count_nonzero() == 8
+    assert torch.equal(trainer.scaffold["lsh"].bias, alone.scaffold.bias)
 
 
 def test_trains_and_resumes(build, train, tmp_path):

@@ -237,7 +237,7 @@ def test_a_student_of_another_width_gets_a_projection_that_ships(build, teacher,
 
 def test_medians_are_those_of_the_training_set(build, teacher, images, train):
     trainer = train(build(), get_method("lsh", teacher=teacher, num_hashes=40), weight_decay=0.1)
-    layer = trainer.model.scaffold
+    layer = trainer.scaffold
     features = teacher.eval().forward_head(
         teacher.forward_features(torch.stack([image["pixel_values"] for image in images])), pre_logits=True
     )
@@ -351,7 +351,7 @@ def test_resumes_with_its_hash_layer_and_never_prepares_again(build, train, teac
     assert not any("scaffold" in name or "network" in name for name in load_file(checkpoint / "model.safetensors"))
     monkeypatch.setattr(LSH, "prepare", lambda *args: pytest.fail("prepared on resume"))
     resumed = train(build(small_input_stem=False), method, resume=str(checkpoint), **settings)
-    assert torch.equal(resumed.model.scaffold.bias, saved["bias"])
+    assert torch.equal(resumed.scaffold.bias, saved["bias"])
     assert same_weights(resumed.model, trainer.model)
 
 

@@ -142,3 +142,16 @@ def test_what_a_data_configuration_lacks_comes_from_the_backbone(build, tmp_path
     assert model.config.pretrained_cfg["input_size"] == list(model.backbone.pretrained_cfg["input_size"])
     model.save_pretrained(tmp_path)
     assert (tmp_path / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["build", "build_segmenter"])
+def test_fields_that_are_set_later_have_their_effect(kind, request, batch):
+    model = request.getfixturevalue(kind)().eval()
+    images = batch["pixel_values"]
+    assert model(images).exit_maps is None
+    model.config.output_hidden_states = True
+    assert model(images).exit_maps is not None
+    assert model(images, output_hidden_states=False).exit_maps is None
+    model.config.output_hidden_states, model.config.return_dict = False, False
+    logits = model(images)[0]
+    assert torch.equal(logits, model(images, return_dict=True).logits)

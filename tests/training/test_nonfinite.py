@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from hf_selfkd import SelfDistillationTrainer, get_method
 from hf_selfkd.training.nonfinite import _local_grad_norm
+from hf_selfkd.training.settings import swapped
 from tests.helpers.runs import losses, same_weights
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -29,7 +30,8 @@ def poisoned(images):
 
 def step_with(trainer, index):
     """Return in which step of the first epoch a sample came, from 1."""
-    loader = trainer.get_train_dataloader()
+    with swapped(trainer, is_in_train=True):  # otherwise batches have no indices
+        loader = trainer.get_train_dataloader()
     return 1 + next(step for step, batch in enumerate(loader) if index in batch["sample_indices"])
 
 
@@ -67,6 +69,19 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(build, train, monkeypat
     )
     with pytest.raises(FloatingPointError, match=r"^grad_norm is nan for the samples (\d+, ){4}\d+; at step 1 with a"):
         train(build(), method)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0, 1.0])
+def test_a_norm_that_overflows_is_not_clipped_to_nothing(build, train, monkeypatch, max_grad_norm):
+    method = get_method("byot")
+    monkeypatch.setattr(
+        type(method), "__call__", lambda self, output, labels, epoch: {"huge": 1e25 * output.logits.mean()}
+    )
+    model = build()
+    with pytest.raises(FloatingPointError, match="^grad_norm is inf for the samples"):
+        train(model, method, max_grad_norm=max_grad_norm)
+    for (name, found), (_, before) in zip(model.named_parameters(), build().named_parameters(), strict=True):
+        assert torch.equal(found, before), name
 
 
 def test_an_overflow_of_the_sum_is_named(build, train, monkeypatch):

@@ -1,6 +1,7 @@
 """Samples that depend on seed, epoch and index only."""
 
 import os
+import pickle
 import random
 import signal
 
@@ -41,6 +42,25 @@ def test_workers_see_the_epoch_change(images, workers):
         found = torch.cat([batch["pixel_values"] for batch in loader])
         expected = torch.stack([dataset[index]["pixel_values"] for index in range(20)])
         assert torch.equal(found, expected)
+
+
+class Balanced(Augmented):
+    """Data with attributes of its own, one of which pickling would find."""
+
+    targets = (0, 1)
+
+    def __getstate__(self):
+        raise AssertionError("asked for by the copy of another object")
+
+
+def test_samplers_see_the_attributes_of_the_data(images):
+    dataset = seeded(Balanced(images))
+    assert dataset.targets == (0, 1)
+    assert not hasattr(dataset, "column_names")
+    assert not hasattr(SeededDataset.__new__(SeededDataset), "targets")
+    with pytest.raises(AttributeError):
+        dataset.__getattr__("__getstate__")
+    assert pickle.loads(pickle.dumps(seeded(images)))[3]["labels"] == images[3]["labels"]
 
 
 def test_draws_depend_on_all_of_the_entropy():

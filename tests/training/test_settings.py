@@ -50,15 +50,24 @@ def test_the_trainer_decides_on_a_copy(tmp_path):
 
 def test_contradictions_are_refused():
     args = TrainingArguments(use_cpu=True)
-    check_settings(args, {}, 1, has_own_metrics=False)
+    check_settings(args, {}, 1, has_milestones=True)
     args.fp16 = True  # which a CPU does not have
     with pytest.raises(ValueError, match="fp16 skips such batches itself"):
-        check_settings(args, {}, 1, has_own_metrics=False)
-    check_settings(args, {}, 0, has_own_metrics=False)
-    args.batch_eval_metrics = True
-    with pytest.raises(ValueError, match="batch_eval_metrics needs your own compute_metrics"):
-        check_settings(args, {}, 0, has_own_metrics=False)
-    check_settings(args, {}, 0, has_own_metrics=True)
+        check_settings(args, {}, 1, has_milestones=False)
+    check_settings(args, {}, 0, has_milestones=False)
+    cosine = TrainingArguments(use_cpu=True, lr_scheduler_type="cosine")
+    with pytest.raises(ValueError, match="lr_milestones replace lr_scheduler_type, but both .*='cosine'"):
+        check_settings(cosine, {}, 0, has_milestones=True)
+    check_settings(cosine, {}, 0, has_milestones=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "smaller_is_better"),
+    [("eval_calibration_error", True), ("exit_0_calibration_error", True), ("exit_0_loss", True), ("accuracy", False)],
+)
+def test_the_rule_for_the_best_model_knows_the_calibration_error(name, smaller_is_better):
+    args = own_arguments(TrainingArguments(use_cpu=True, metric_for_best_model=name))
+    assert args.greater_is_better is not smaller_is_better
 
 
 def test_unknown_facts_for_the_card_are_refused_before_training(build, images):
@@ -86,6 +95,10 @@ def test_models_that_cannot_be_trained_are_refused(build, build_segmenter):
     frozen.freeze_backbone()
     with pytest.raises(ValueError, match="No parameter is left to train"):
         attach(frozen, "none")
+    changed = build()
+    changed.config.problem_type = "regression"
+    with pytest.raises(ValueError, match="problem_type must be .*, but got 'regression'"):
+        attach(changed)
     for options in ({"has_mix": True}, {"label_smoothing_factor": 0.1}):
         with pytest.raises(ValueError, match="which image-segmentation does not take"):
             attach(build_segmenter(), "none", **options)
@@ -100,6 +113,46 @@ def test_a_scaffold_depends_on_the_seed_only(build):
 
     assert torch.equal(scaffold_of(3), scaffold_of(3))
     assert not torch.equal(scaffold_of(3), scaffold_of(4))
+
+
+def test_an_optimizer_keeps_the_scaffold_whose_parameters_it_holds(build):
+    model, method = build(), get_method("frskd")
+    method.attach(model)
+    scaffold, optimizer = model.scaffold, torch.optim.AdamW(model.parameters())
+    attach_method(method, model, TrainingArguments(use_cpu=True), has_mix=False, optimizer=optimizer)
+    assert model.scaffold is scaffold
+    attach(model, "frskd")
+    assert model.scaffold is not scaffold
+
+
+@pytest.mark.parametrize("attached", [None, "okd_mde", "lsh"])
+def test_an_optimizer_that_lacks_parameters_is_refused(build, attached):
+    model = build()
+    if attached is not None:
+        get_method(attached).attach(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"lacks parameters that train: scaffold.*\(\d+ in all\). Call method.attach"):
+        SelfDistillationTrainer(model, TrainingArguments(use_cpu=True), "frskd", optimizers=(optimizer, None))
+
+
+def test_settings_of_what_an_own_optimizer_replaces_are_refused(build):
+    model, args = build(), TrainingArguments(use_cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match="lr_milestones build a scheduler, but optimizers holds one"):
+        SelfDistillationTrainer(model, args, lr_milestones=[1], optimizers=(None, scheduler))
+    with pytest.raises(ValueError, match="decay_norms groups the parameters"):
+        SelfDistillationTrainer(model, args, decay_norms=True, optimizers=(optimizer, None))
+
+
+def test_parameters_that_do_not_train_need_no_optimizer(build):
+    model, method = build(), get_method("deep_supervision")
+    model.freeze_backbone()
+    optimizer = torch.optim.AdamW(model.exits.parameters())
+    attach_method(method, model, TrainingArguments(use_cpu=True), has_mix=False, optimizer=optimizer)
+    model.backbone.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"lacks parameters that train: backbone\."):
+        attach_method(method, model, TrainingArguments(use_cpu=True), has_mix=False, optimizer=optimizer)
 
 
 def test_the_method_is_attached_inside_what_wraps_the_model(build):

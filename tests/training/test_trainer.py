@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.utils.data import IterableDataset, default_collate
+from transformers.trainer_pt_utils import EvalLoopContainer
 
-from hf_selfkd import MultiExitForImageClassification, get_method
+from hf_selfkd import ExitPolicy, MultiExitForImageClassification, get_method
 from hf_selfkd.functional import add, cross_entropy
 from tests.helpers.runs import Augmented, losses, same_weights
 
@@ -68,12 +69,15 @@ def test_evaluation_reports_every_exit_and_the_ensemble(build, batch, images, tr
     assert metrics["eval_ensemble_accuracy"] == pytest.approx(ensemble)
 
 
-def test_evaluation_gathers_three_numbers_per_exit_and_image(build, images, train):
-    trainer = train(build(), max_steps=1)
-    seen = []
-    trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions) or {}
+@pytest.mark.parametrize("steps", [None, 1])
+def test_evaluation_gathers_three_numbers_per_exit_and_image(build, images, train, monkeypatch, steps):
+    gathered = []
+    add = EvalLoopContainer.add
+    monkeypatch.setattr(EvalLoopContainer, "add", lambda self, tensors: gathered.append(tensors) or add(self, tensors))
+    trainer = train(build(), max_steps=1, per_device_eval_batch_size=20, eval_accumulation_steps=steps)
     trainer.evaluate()
-    assert [array.shape for array in seen[0]] == [(20, 5, 3), (20,)]
+    (predictions, is_labelled), loss = gathered
+    assert (predictions.shape, is_labelled.shape, loss.shape) == ((20, 5, 3), (20,), (20,))
 
 
 def test_evaluations_leave_no_file_open(build, train):
@@ -85,35 +89,73 @@ def test_evaluations_leave_no_file_open(build, train):
     assert psutil.Process().num_fds() == before
 
 
-def test_own_metrics_see_all_logits(build, images, train):
+def published_metrics(prediction):
+    """Return the metrics of the recipe that is published most."""
+    return {"mine": (np.argmax(prediction.predictions, axis=1) == prediction.label_ids).mean()}
+
+
+@pytest.mark.parametrize("concat", [True, False])
+def test_own_metrics_come_on_top_of_those_of_the_exits(build, images, train, concat):
     seen = []
-    trainer = train(
-        build(), max_steps=1, trainer_kwargs={"compute_metrics": lambda p: seen.append(p.predictions) or {"mine": 1.0}}
-    )
-    assert trainer.evaluate()["eval_mine"] == 1.0
-    logits, exit_logits = seen[0]
-    assert logits.shape == (20, 5)
-    assert [array.shape for array in exit_logits] == [(20, 5)] * 4
+    metrics = published_metrics if concat else lambda p: seen.append(p.predictions) or {"accuracy": 2.0}
+    options = {"trainer_kwargs": {"compute_metrics": metrics}, "eval_do_concat_batches": concat}
+    found = train(build(), max_steps=1, per_device_eval_batch_size=8, **options).evaluate()
+    plain = train(build(), max_steps=1).evaluate()
+    assert found["eval_exit_3_accuracy"] == plain["eval_accuracy"]
+    if concat:
+        assert found["eval_mine"] == pytest.approx(found["eval_accuracy"])
+    else:
+        assert [batch.shape for batch in seen[0]] == [(8, 5), (8, 5), (4, 5)]
+        assert found["eval_accuracy"] == 2.0  # of two with one name one's own
 
 
-def test_predict_returns_what_own_preprocessing_makes_of_the_logits(build, images, train):
-    options = {"preprocess_logits_for_metrics": lambda logits, labels: logits[0], "compute_metrics": lambda _: {}}
-    prediction = train(build(), max_steps=1, trainer_kwargs=options).predict(images)
-    assert prediction.predictions.shape == (20, 5)
+@pytest.mark.parametrize("own", [{}, {"batch_eval_metrics": True}])
+def test_batches_may_stay_apart_without_own_metrics(build, train, own):
+    plain = train(build(), max_steps=1).evaluate()
+    apart = train(build(), max_steps=1, eval_do_concat_batches=False, **own).evaluate()
+    assert apart["eval_exit_0_calibration_error"] == plain["eval_exit_0_calibration_error"]
 
 
-def test_predict_returns_all_logits_and_the_metrics(build, images, train):
+def test_preprocessing_sees_the_logits_of_the_final_exit(build, images, train):
+    options = {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(dim=-1)}
+    trainer = train(build(), max_steps=1, trainer_kwargs=options)
+    prediction = trainer.predict(images)
+    assert prediction.predictions.shape == (20,)
+    accuracy = (prediction.predictions == prediction.label_ids).mean()
+    assert accuracy == pytest.approx(prediction.metrics["test_accuracy"])
+    assert trainer.evaluate()["eval_accuracy"] == prediction.metrics["test_accuracy"]
+
+
+def test_predict_returns_the_logits_and_the_metrics(build, images, train):
     trainer = train(build(), max_steps=1)
     prediction = trainer.predict(images)
-    logits, exit_logits = prediction.predictions
     with torch.no_grad():
         output = trainer.model.eval()(torch.stack([image["pixel_values"] for image in images]))
-    for found, expected in zip(exit_logits, output.exit_logits, strict=True):
+    np.testing.assert_allclose(prediction.predictions, output.logits.numpy(), rtol=1e-4, atol=1e-5)
+    trainer.predict_all_exits = True
+    for found, expected in zip(trainer.predict(images).predictions, output.exit_logits, strict=True):
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert np.array_equal(logits, exit_logits[-1])
     evaluated = trainer.evaluate()
     for name in ("loss", "accuracy", "exit_0_accuracy", "ensemble_accuracy"):
         assert prediction.metrics[f"test_{name}"] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-5)
+
+
+def test_images_without_labels_are_predicted_by_all_exits(build, images, train):
+    trainer = train(build(), max_steps=1, trainer_kwargs={"predict_all_exits": True})
+    expected = trainer.predict(images).predictions
+    config = trainer.model.config
+    config.exit_policy, config.early_exit = ExitPolicy(thresholds=[0.0] * 3).to_dict(), True
+    prediction = trainer.predict([{"pixel_values": image["pixel_values"]} for image in images])
+    assert len(prediction.predictions) == 4
+    assert all(map(np.array_equal, prediction.predictions, expected))
+    assert not [name for name in prediction.metrics if "accuracy" in name]
+    assert config.early_exit
+
+
+def test_a_batch_of_the_loaders_is_an_input_of_the_model(build, train):
+    trainer = train(build(), max_steps=1)
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert trainer.model(**next(iter(loader))).loss > 0
 
 
 @pytest.mark.slow
@@ -192,8 +234,7 @@ def test_an_own_loop_has_the_losses_of_the_trainer(build, images, train, name):
         optimizer.zero_grad()
         found.append(loss.item())
     assert found == losses(trainer)
-    for trained in (model, trainer.model):
-        method.detach(trained)
+    method.detach(model)
     assert same_weights(model, trainer.model)
     assert (model.scaffold, model.detach_exits) == (None, False)
 
@@ -219,7 +260,6 @@ def test_a_saved_model_has_no_scaffold(build, tmp_path, train):
     trainer.save_model(tmp_path / "final")
     assert not [name for name in load_file(tmp_path / "final" / "model.safetensors") if "scaffold" in name]
     loaded = MultiExitForImageClassification.from_pretrained(tmp_path / "final")
-    trainer.method.detach(trainer.model)
     assert same_weights(loaded, trainer.model)
 
 
@@ -231,25 +271,13 @@ def test_probability_labels_are_evaluated(build, images, train):
     assert metrics["eval_loss"] != hard["eval_loss"]
 
 
-def test_hyperparameter_search_with_model_init(build, train, images):
-    pytest.importorskip("optuna")
-    trainer = train(None, "eed", max_steps=1, trainer_kwargs={"model_init": lambda: build()})
-    best = trainer.hyperparameter_search(
-        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 0.001, 0.1)},
-        n_trials=2,
-        direction="minimize",
-        compute_objective=lambda metrics: metrics["eval_loss"],
-        backend="optuna",
-    )
-    assert 0.001 <= best.hyperparameters["learning_rate"] <= 0.1
-
-
 def test_feature_maps_are_not_copied_for_a_method_that_reads_none(build, batch, train):
     """Accelerate copies whatever the model returns to float32."""
     returned = []
     for method in ("byot", "frskd", "okd_mde"):
         trainer = train(build(small_input_stem=False), method, bf16=True, max_steps=1)
-        _, output = trainer.compute_loss(trainer.model_wrapped, batch, return_outputs=True)
+        with trainer.attachment.on_the_model():
+            _, output = trainer.compute_loss(trainer.model_wrapped, batch, return_outputs=True)
         returned.append((output.exit_maps, output.stage_outputs))
     assert returned == 3 * [(None, None)]
 

@@ -57,17 +57,17 @@ def test_terms_add_up_and_metrics_equal_scikit_learn(train_segmenter, maps, meth
     assert metrics["eval_mean_iou"] == metrics[f"eval_exit_{index}_mean_iou"]
 
 
-def test_evaluation_gathers_counts_and_no_label_maps(train_segmenter, maps):
+def test_evaluation_gathers_counts_and_no_label_maps(train_segmenter, maps, monkeypatch):
     trainer = train_segmenter("deep_supervision", max_steps=1)
-    seen = []
-    trainer.compute_metrics = lambda prediction: seen.append(prediction) or {}
+    gathered = []
+    gather = trainer.gather_function
+    monkeypatch.setattr(trainer, "gather_function", lambda tensors: gathered.append(tensors) or gather(tensors))
+    trainer.args.per_device_eval_batch_size = 7
     trainer.evaluate()
     exits = trainer.model.num_exits
-    counts, losses = seen[0].predictions
-    assert (counts.shape, losses.shape) == ((7, exits + 1, 3, 3), (7, exits))
-    assert seen[0].label_ids.shape == (7,)
-    trainer.predict(maps)
-    assert seen[1].label_ids.shape == (7, 32, 32)
+    (counts, losses), loss = gathered
+    assert (counts.shape, losses.shape, loss.shape) == ((7, exits + 1, 3, 3), (7, exits), (7,))
+    assert trainer.predict(maps).label_ids.shape == (7, 32, 32)
 
 
 def test_learns_the_two_halves(train_segmenter):
@@ -76,11 +76,11 @@ def test_learns_the_two_halves(train_segmenter):
     assert losses[-1] < losses[0] / 2
 
 
-def test_predict_returns_all_logits_and_the_same_metrics(train_segmenter, maps):
+def test_predict_returns_the_logits_and_the_same_metrics(train_segmenter, maps):
     trainer = train_segmenter("none")
     metrics = trainer.evaluate()
     prediction = trainer.predict(maps)
-    assert prediction.predictions[0].shape == (7, 3, 8, 8)
+    assert prediction.predictions.shape == (7, 3, 8, 8)
     assert prediction.metrics["test_mean_iou"] == pytest.approx(metrics["eval_mean_iou"])
 
 
