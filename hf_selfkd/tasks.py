@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .evaluation.classification import compute_class_metrics, reduce_class_logits
+from .evaluation.per_class import IMAGES, PIXELS, ClassCounts
 from .evaluation.segmentation import compute_segmentation_metrics, reduce_pixel_logits
 
 
@@ -33,6 +34,7 @@ class Task:
         compute_metrics: Takes these tensors, of all images and one argument each, and returns metrics by name: those
             in ``metric_titles``, alone for the final exit, after ``exit_<i>_`` for every exit and after
             ``ensemble_``; and ``loss``, alone and for every exit.
+        class_counts: How results per class are counted; ``None`` where an image has no single class.
         metric_titles: Title of each metric in the results table, in percent; the first is the headline metric.
         takes_soft_labels: Whether labels may be probabilities, as label smoothing and mixup make them.
         exits_early: Whether its models can exit early, so that every exit has a cost of its own.
@@ -53,6 +55,7 @@ class Task:
     kind: str
     final_exit: str
     example: str
+    class_counts: ClassCounts | None = None
 
     @property
     def metric(self) -> str:
@@ -125,6 +128,7 @@ TASKS = {
             prepare_labels=_keep,
             reduce_logits=reduce_class_logits,
             compute_metrics=compute_class_metrics,
+            class_counts=IMAGES,
             metric_titles={"accuracy": "accuracy (%)", "calibration_error": "calibration error (%)"},
             takes_soft_labels=True,
             exits_early=True,
@@ -143,6 +147,7 @@ for prediction in classifier("photo.png"):
             prepare_labels=_mask_ignored,
             reduce_logits=reduce_pixel_logits,
             compute_metrics=compute_segmentation_metrics,
+            class_counts=PIXELS,
             metric_titles={"mean_iou": "mean IoU (%)", "pixel_accuracy": "pixel accuracy (%)"},
             takes_soft_labels=False,
             exits_early=False,

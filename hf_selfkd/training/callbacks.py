@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..methods.base import multi_exit_model
-from ..model_card.facts import Evaluation
+from ..model_card.evaluations import Evaluation
 from .batches import Batches
 from .checkpoints import load_average, remove_incomplete
 from .distributed import broadcast_buffers, is_sharded, unsharded
@@ -164,6 +164,7 @@ class CardRecorder(TrainerCallback):
         self.policy_before_training: dict[str, Any] | None = None
         self._evaluations: dict[str, Evaluation] = {}
         self._are_current = False
+        self._confusions: dict[tuple[str, int], Any] = {}  # by prefix and step, of the last and the best evaluation
 
     @property
     def evaluations(self) -> dict[str, Evaluation]:
@@ -180,15 +181,17 @@ class CardRecorder(TrainerCallback):
         if f"{prefix}_loss" in evaluation.metrics:
             self._evaluations = self.evaluations | {prefix: evaluation}
             self._are_current = True
+            self._confusions[prefix, evaluation.step] = evaluation.confusion
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         """Forget the evaluations of the weights before training."""
-        self._evaluations, self._are_current = {}, False
+        self._evaluations, self._are_current, self._confusions = {}, False, {}
         self.policy_before_training = multi_exit_model(model).config.exit_policy
 
     def on_step_end(self, args, state, control, **kwargs):
         """Mark the last evaluations as those of earlier weights."""
         self._are_current = False
+        self._confusions = {key: value for key, value in self._confusions.items() if key[1] == state.best_global_step}
 
     def on_train_end(self, args, state, control, **kwargs):
         """Take the evaluations of the best checkpoint, which the model now holds, from the log."""
@@ -198,4 +201,5 @@ class CardRecorder(TrainerCallback):
         for prefix, evaluation in self._evaluations.items():
             logged = next((entry for entry in best if f"{prefix}_loss" in entry), {})
             metrics = {name: value for name, value in logged.items() if name.startswith(f"{prefix}_")}
-            self.record(prefix, evaluation._replace(step=state.global_step, metrics=metrics))
+            confusion = self._confusions.get((prefix, state.best_global_step))
+            self.record(prefix, Evaluation(state.global_step, evaluation.num_images, metrics, confusion))

@@ -10,8 +10,9 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..evaluation.per_class import ConfusionMatrices
 from ..methods.base import multi_exit_model
-from ..model_card.facts import Evaluation
+from ..model_card.evaluations import Evaluation
 from ..tasks import task_of
 from . import hyper_parameters, resume
 from .batches import seeded
@@ -26,6 +27,7 @@ class EvaluatingTrainer(Trainer):
     """
 
     exit_outputs = EvalLoopContainer()
+    confusion: ConfusionMatrices | None = None
     search_space: hyper_parameters.SearchSpace | None = None
 
     @property
@@ -53,6 +55,8 @@ class EvaluatingTrainer(Trainer):
         if self.is_in_train:
             resume.synchronise_batch_norm(self)
         self.exit_outputs = EvalLoopContainer()
+        counts = task_of(self.network).class_counts if self.card.get("per_class") else None
+        self.confusion = None if counts is None else ConfusionMatrices(counts, self.network.config.num_labels)
         averaged = self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext()
         with averaged, swapped(self.network.config, early_exit=False, return_dict=True):
             output = super().evaluation_loop(
@@ -60,7 +64,8 @@ class EvaluatingTrainer(Trainer):
             )
         output.metrics.update(self._exit_metrics(output.metrics, f"{metric_key_prefix}_"))
         if description == "Evaluation":  # and not that of predict
-            evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics)
+            confusion = None if self.confusion is None else self.confusion.total
+            evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics, confusion)
             self.card_recorder.record(metric_key_prefix, evaluation)
         return output
 
@@ -73,6 +78,8 @@ class EvaluatingTrainer(Trainer):
         if labels is not None:
             reduced = task_of(self.network).reduce_logits(exit_logits, labels)
             self.exit_outputs.add(self.gather_function(reduced))
+            if self.confusion is not None:
+                self.confusion.add(exit_logits, labels, self.gather_function)
             if self.args.eval_accumulation_steps is not None:
                 self.exit_outputs.to_cpu_and_numpy()
         if prediction_loss_only:

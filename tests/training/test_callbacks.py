@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_selfkd import ExitPolicy, get_method
-from hf_selfkd.model_card.facts import Evaluation
+from hf_selfkd.model_card.evaluations import Evaluation
 from hf_selfkd.training.callbacks import CardRecorder, EmaWeights, SaveAfterEpoch, SeedData, ends_epoch
 from hf_selfkd.training.seeded_data import SeededDataset
 from tests.helpers.runs import check_of, losses, same_weights
@@ -176,12 +176,14 @@ def test_the_evaluation_of_the_best_checkpoint_is_recorded():
     state = at_step(log_history=log, best_global_step=2, best_model_checkpoint="run/checkpoint-2", global_step=5)
     recorder.on_train_end(args, state, TrainerControl())
     assert recorder.evaluations == {}  # nothing was evaluated in this run
-    recorder.record("eval", Evaluation(4, 20, {"eval_loss": 2.0}))
+    recorder.record("eval", Evaluation(2, 20, {"eval_loss": 1.0}, "of step 2"))
+    recorder.on_step_end(args, state, TrainerControl())
+    recorder.record("eval", Evaluation(4, 20, {"eval_loss": 2.0}, "of step 4"))
     recorder.record("eval_b", Evaluation(4, 30, {"eval_b_loss": 6.0}))
     recorder.on_step_end(args, state, TrainerControl())
     recorder.on_train_end(args, state, TrainerControl())
     assert recorder.evaluations == {
-        "eval": Evaluation(5, 20, {"eval_loss": 1.0}),
+        "eval": Evaluation(5, 20, {"eval_loss": 1.0}, "of step 2"),
         "eval_b": Evaluation(5, 30, {"eval_b_loss": 5.0}),
     }
 
