@@ -73,8 +73,6 @@ def test_pixels_per_class():
 
 MATRICES = np.zeros((3, 3, 3), dtype=int)  # of two exits and the ensemble; the last class does not occur
 MATRICES[:, :2, :2] = [[[3, 1], [2, 2]], [[4, 0], [0, 4]], [[2, 2], [4, 0]]]
-    [[[3, 1, 0], [2, 2, 0], [0, 0, 0]], [[4, 0, 0], [0, 4, 0], [0, 0, 0]], [[2, 2, 0], [4, 0, 0], [0, 0, 0]]]
-)
 NAMES = ["cat, small", "dög", "none"]
 
 
