@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import ImageClassificationPipeline
 
-from ..models.exit_policy import ExitPolicy, resolve_policy
+from ..models.exit_policy import ExitPolicy
 
 
 class EarlyExitPipeline(ImageClassificationPipeline):
@@ -33,8 +33,7 @@ class EarlyExitPipeline(ImageClassificationPipeline):
     ) -> Any:
         if policy is None and target_cost is None:
             return super()._forward(model_inputs)
-        policy = resolve_policy(policy, self.model.config.exit_policy, self.model.num_exits)
-        return self.model.early_exit(**model_inputs, policy=policy if target_cost is None else policy.at(target_cost))
+        return self.model.early_exit(**model_inputs, policy=policy, target_cost=target_cost)
 
     def postprocess(self, model_outputs: dict[str, Any], **kwargs) -> list[dict[str, Any]]:
         """Return label, score and exit of the best classes."""

@@ -134,7 +134,12 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
     @torch.compiler.disable
     @torch.no_grad()
     def early_exit(
-        self, pixel_values: Tensor, policy: ExitPolicy | None = None, thresholds: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        policy: ExitPolicy | None = None,
+        thresholds: Tensor | None = None,
+        *,
+        target_cost: float | None = None,
     ) -> EarlyExitOutput:
         """Exit each image at the exit that the policy selects; the rest of the network runs on the remaining images.
 
@@ -148,14 +153,19 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             policy: Decides when an image may exit; ``None`` takes ``config.exit_policy``.
             thresholds: Thresholds of each image, ``(batch, auxiliary exits)``, in the place of the policy's, such as
                 those of ``policy.at(target_cost)`` with a cost per image; ``None`` for the policy's.
+            target_cost: Moves along the frontier of the policy, see :meth:`ExitPolicy.at`.
 
         Raises:
-            ValueError: If the model is in training mode, the policy is missing or for another number of exits, or
-                thresholds have another shape or are negative or NaN.
+            ValueError: If the model is in training mode, the policy is missing, for another number of exits or without
+                a frontier for ``target_cost``, both ``thresholds`` and ``target_cost`` are given, or thresholds have
+                another shape or are negative or NaN.
         """
         if self.training:
             raise ValueError("early_exit needs a model in eval mode, but it is in training mode. Call model.eval().")
+        if thresholds is not None and target_cost is not None:
+            raise ValueError("thresholds and target_cost both decide when images exit. Give one of them.")
         policy = resolve_policy(policy, self.config.exit_policy, self.num_exits)
+        policy = policy if target_cost is None else policy.at(target_cost)
         return exit_early(self, pixel_values, policy, thresholds)
 
     def logits_at_exit(self, exit: int, stage_output: Any, image_size: tuple[int, int]) -> Tensor:

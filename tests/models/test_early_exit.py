@@ -121,6 +121,11 @@ def test_every_image_may_have_its_own_thresholds(criterion):
     assert torch.equal(same.logits, model.early_exit(images, policy).logits)
 
 
+def test_thresholds_and_target_cost_contradict_each_other():
+    with pytest.raises(ValueError, match="thresholds and target_cost both decide when images exit. Give one of them."):
+        create().early_exit(unlike_images(), ExitPolicy(thresholds=[0.5] * 3), torch.zeros(12, 3), target_cost=0.5)
+
+
 def test_thresholds_per_image_where_the_batch_cannot_shrink():
     model, images = parallel_paths(), unlike_images()
     exit_logits = all_exits(model, images)
