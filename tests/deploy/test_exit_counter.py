@@ -73,18 +73,18 @@ def test_a_simulated_counter_raises_few_false_alarms_and_notices_drift():
 @pytest.mark.slow
 def test_the_thresholds_that_calibrate_chose_on_the_counted_images_raise_few_false_alarms():
     """Choosing thresholds on the images that are counted makes their counts a little too good to be true."""
-    exit_logits, labels = make_logits(40_000)
+    exit_logits, labels = make_logits(20_000)
     alarmed = 0
-    for trial in range(100):
-        rows = torch.randperm(40_000, generator=torch.Generator().manual_seed(trial))
+    for trial in range(60):
+        rows = torch.randperm(20_000, generator=torch.Generator().manual_seed(trial))
         policy = calibrate(exit_logits[:, rows[:300]], labels[rows[:300]], COSTS, target_cost=0.6)
         counter = ExitCounter(policy.calibration["exit_counts"], alpha=0.1)
-        for exits in policy.decide(exit_logits[:, rows[300:20_300]])[0].split(200):
+        for exits in policy.decide(exit_logits[:, rows[300:8300]])[0].split(200):
             counter.update(exits)
             if counter.has_drifted:
                 alarmed += 1
                 break
-    assert alarmed / 100 <= 0.1
+    assert alarmed / 60 <= 0.1
 
 
 def test_policies_count_their_own_images():
