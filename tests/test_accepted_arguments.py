@@ -99,7 +99,7 @@ CONFIGURATION = {
     "chunk_size_feed_forward": "refused",
     "is_encoder_decoder": "refused",
     "id2label": "models/test_modeling_classification.py::",
-    "label2id": "models/test_modeling_classification.py::",
+    "label2id": "test_properties.py::",
     "problem_type": "training/test_settings.py::test_models_that_cannot_be_trained_are_refused",
 }
 

@@ -26,8 +26,8 @@ class EvaluatingTrainer(Trainer):
     for ``compute_metrics``.
     """
 
-    exit_outputs = EvalLoopContainer()
-    confusion: ConfusionMatrices | None = None
+    exit_outputs: EvalLoopContainer | None = None  # during an evaluation: what the metrics of the exits need
+    confusion: ConfusionMatrices | None = None  # likewise, if results per class are requested
     search_space: hyper_parameters.SearchSpace | None = None
 
     @property
@@ -54,28 +54,29 @@ class EvaluatingTrainer(Trainer):
         """
         if self.is_in_train:
             resume.synchronise_batch_norm(self)
-        self.exit_outputs = EvalLoopContainer()
         counts = task_of(self.network).class_counts if self.card.get("per_class") else None
-        self.confusion = None if counts is None else ConfusionMatrices(counts, self.network.config.num_labels)
+        confusion = None if counts is None else ConfusionMatrices(counts, self.network.config.num_labels)
         averaged = self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext()
-        with averaged, swapped(self.network.config, early_exit=False, return_dict=True):
+        every_exit = swapped(self.network.config, early_exit=False, return_dict=True)
+        with averaged, every_exit, swapped(self, exit_outputs=EvalLoopContainer(), confusion=confusion):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        output.metrics.update(self._exit_metrics(output.metrics, f"{metric_key_prefix}_"))
+            output.metrics.update(self._exit_metrics(output.metrics, f"{metric_key_prefix}_"))
         if description == "Evaluation":  # and not that of predict
-            confusion = None if self.confusion is None else self.confusion.total
-            evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics, confusion)
+            matrices = None if confusion is None else confusion.total
+            evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics, matrices)
             self.card_recorder.record(metric_key_prefix, evaluation)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[Any, Any, Any]:
         """Predict for a batch, and keep what the metrics of the exits need, without their logits."""
-        loss, outputs, labels = super().prediction_step(model, inputs, self.args.prediction_loss_only)
+        ignored = self.network.config.keys_to_ignore_at_inference  # Trainer does not look inside a wrapped model
+        loss, outputs, labels = super().prediction_step(model, inputs, self.args.prediction_loss_only, ignored)
         if outputs is None:
             return loss, None, None
         logits, exit_logits = outputs
-        if labels is not None:
+        if labels is not None and self.exit_outputs is not None:
             reduced = task_of(self.network).reduce_logits(exit_logits, labels)
             self.exit_outputs.add(self.gather_function(reduced))
             if self.confusion is not None:

@@ -276,13 +276,13 @@ def test_every_parameter_of_the_network_and_the_students_is_trained(trained, bat
 @pytest.mark.parametrize("backbone", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
 def test_any_branch_is_a_plain_model(trained, train, images, batch, tmp_path, backbone):
     trainer = train(trained(backbone)[1], "okd_mde")
-    model = trainer.model.eval()
+    model, students = trainer.model.eval(), trainer.scaffold.eval()
     pixel_values = batch["pixel_values"]
     with torch.no_grad():
         output = model(pixel_values, output_hidden_states=True)
-        logits_of_students = (output.logits, *trainer.scaffold(pixel_values, output)["branch_logits"])
+        logits_of_students = (output.logits, *students(pixel_values, output)["branch_logits"])
         for student in range(3):
-            branch = trainer.scaffold.to_model(model, student)
+            branch = students.to_model(model, student)
             assert torch.equal(branch(pixel_values).logits, logits_of_students[student])
             branch.save_pretrained(tmp_path / f"{student}")
             loaded = MultiExitForImageClassification.from_pretrained(tmp_path / f"{student}")

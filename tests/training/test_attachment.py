@@ -36,7 +36,7 @@ def train_twice(trainer):
     return losses(trainer), copy.deepcopy(trainer.scaffold)
 
 
-@pytest.mark.parametrize("method", ["frskd", "okd_mde"])
+@pytest.mark.parametrize("method", ["frskd", pytest.param("okd_mde", marks=pytest.mark.slow)])
 def test_training_again_is_as_if_nothing_had_come_off(build, train, monkeypatch, method):
     options = {"max_steps": 2, "optim_args": "momentum=0.9"}
     again = train(build(), method, **options)

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from hf_selfkd.tasks import TASKS
 from hf_selfkd.training.batches import add_indices, normalise, prepare_batch, seeded
 from hf_selfkd.training.seeded_data import SeededDataset
+from hf_selfkd.training.settings import swapped
 
 
 class Stream(IterableDataset):
@@ -55,7 +56,8 @@ def test_batches_have_indices_whatever_collates_them(images, trainer):
 @pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 2}, {"remove_unused_columns": False}])
 def test_training_batches_have_indices(build, images, train, options):
     trainer = train(build(), "none", max_steps=1, trainer_kwargs={"eval_dataset": None}, **options)
-    found = torch.cat([batch["sample_indices"] for batch in trainer.get_train_dataloader()])
+    with swapped(trainer, is_in_train=True):
+        found = torch.cat([batch["sample_indices"] for batch in trainer.get_train_dataloader()])
     assert sorted(found.tolist()) == list(range(20))
 
 

@@ -51,13 +51,21 @@ def train(case, folder, *, processes, mix=None, ema_decay=None, batch_norm=False
     return trainer
 
 
+def trained_state(trainer):
+    """Return copies of the weights and of the scaffold's."""
+    state = trainer.model.state_dict()
+    if trainer.scaffold is not None:
+        state |= {f"scaffold.{name}": tensor for name, tensor in trainer.scaffold.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
 def record(trainer):
     """Return all that must be equal on all processes."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     metrics = trainer.evaluate()
     return {
-        "weights": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
-        "confusion": torch.from_numpy(trainer.confusion.total),
+        "weights": trained_state(trainer),
+        "confusion": torch.from_numpy(trainer.card_recorder.evaluations["eval"].confusion),
         "logs": [{name: value for name, value in entry.items() if name.startswith("loss")} for entry in logs],
         "metrics": {
             name: value
@@ -113,7 +121,7 @@ def work(rank, folder):
     train("none", folder / "run", processes=2, mix=draws, gradient_accumulation_steps=2, max_steps=2)
     options = {"ema_decay": 0.5, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = train("frskd on a ResNet", folder / f"written{rank}", processes=2, batch_norm=True, **options)
-    state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    state = trained_state(trainer)
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean.fill_(rank)
     average_batch_norm(norm)

@@ -32,7 +32,7 @@ def test_it_is_the_loss_of_every_label_term_and_of_no_other(build, train, method
         assert own[name] == pytest.approx((2 if is_label_loss else 1) * built_in[name]), name
 
 
-@pytest.mark.parametrize("method", ["byot", "frskd"])
+@pytest.mark.parametrize("method", ["byot", pytest.param("frskd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_sum_over_the_number_of_items_is_the_built_in_loss(build, train, images, method, accumulation):
     some = [image | {"labels": -100 if index % 3 == 0 else image["labels"]} for index, image in enumerate(images)]

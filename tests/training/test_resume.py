@@ -50,6 +50,7 @@ def test_resuming_equals_not_stopping(build, images, scaffolded, tmp_path, train
     resumed = train(build(), scaffolded, num_train_epochs=2, resume=str(checkpoint), **data)
     assert losses(resumed) == losses(uninterrupted)
     assert same_weights(resumed.model, uninterrupted.model)
+    assert same_weights(resumed.scaffold, uninterrupted.scaffold)
 
 
 def test_resuming_with_other_settings_is_refused(build, scaffolded, tmp_path, train):

@@ -255,6 +255,24 @@ def test_a_model_that_is_compiled_already_trains_and_resumes(build, train, tmp_p
     assert same_weights(resumed.network, trainer.network)
 
 
+class Wrapper(torch.nn.Module):
+    """A module around a model, whose forward names no arguments, as that of PEFT and of a compiled model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def test_a_wrapped_model_is_evaluated_as_the_one_inside(build, train):
+    wrapped = train(Wrapper(build()), max_steps=1, remove_unused_columns=False).evaluate()
+    plain = train(build(), max_steps=1).evaluate()
+    assert wrapped["eval_exit_0_accuracy"] == plain["eval_exit_0_accuracy"]
+    assert wrapped["eval_loss"] == plain["eval_loss"]
+
+
 def test_a_saved_model_has_no_scaffold(build, tmp_path, train):
     trainer = train(build(), "frskd", max_steps=1)
     trainer.save_model(tmp_path / "final")
