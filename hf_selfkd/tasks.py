@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .evaluation.classification import compute_class_metrics, reduce_class_logits
+from .evaluation.per_class import IMAGES, PIXELS, ClassCounts
 from .evaluation.segmentation import compute_segmentation_metrics, reduce_pixel_logits
 from .models.labels import class_labels, label_maps
 
@@ -32,6 +33,7 @@ class Task:
         compute_metrics: Takes these tensors, of all images and one argument each, and returns metrics by name: those
             in ``metric_titles``, alone for the final exit, after ``exit_<i>_`` for every exit and after
             ``ensemble_``; and ``loss``, alone and for every exit.
+        class_counts: How results per class are counted; ``None`` where an image has no single class.
         metric_titles: Title of each metric in the results table, in percent; the first is the headline metric.
         takes_soft_labels: Whether labels may be probabilities, as label smoothing and mixup make them.
         has_ignored_pixels: Whether labels are maps, in which pixels may be ignored.
@@ -53,6 +55,7 @@ class Task:
     final_exit: str
     example: str
     has_ignored_pixels: bool = False
+    class_counts: ClassCounts | None = None
 
     @property
     def metric(self) -> str:
@@ -78,6 +81,7 @@ TASKS = {
             convert_labels=_convert_classes,
             reduce_logits=reduce_class_logits,
             compute_metrics=compute_class_metrics,
+            class_counts=IMAGES,
             metric_titles={"accuracy": "accuracy (%)", "calibration_error": "calibration error (%)"},
             takes_soft_labels=True,
             exits_early=True,
@@ -95,6 +99,7 @@ for prediction in classifier("photo.png"):
             convert_labels=_convert_maps,
             reduce_logits=reduce_pixel_logits,
             compute_metrics=compute_segmentation_metrics,
+            class_counts=PIXELS,
             metric_titles={"mean_iou": "mean IoU (%)", "pixel_accuracy": "pixel accuracy (%)"},
             takes_soft_labels=False,
             has_ignored_pixels=True,

@@ -7,7 +7,7 @@ import timm
 import torch
 import transformers.utils.hub
 from torch.utils import _pytree
-from transformers import PreTrainedModel
+from transformers import ImageClassificationPipeline, PreTrainedModel
 
 # Owner, name, parameters that are given by position or by name (None for an attribute), and why it is used.
 MODELS = [
@@ -49,6 +49,13 @@ MODELS = [
         ["repo_id", "tags", "token"],
         "the short card that push_to_hub writes for a model without one: upload",
     ),
+    (
+        ImageClassificationPipeline,
+        "_sanitize_parameters",
+        ["self", "top_k", "function_to_apply", "timeout"],
+        "documented for subclasses: EarlyExitPipeline takes a policy and a target cost",
+    ),
+    (ImageClassificationPipeline, "_forward", ["self", "model_inputs"], "documented for subclasses: likewise"),
     (_pytree, "tree_map", ["func", "tree", "rests"], "torch has no public pytree; walks nested outputs of stages"),
     (_pytree, "tree_map_only", ["type_or_types_or_pred", "func", "tree"], "torch has no public pytree"),
     (_pytree, "tree_leaves", ["tree"], "torch has no public pytree"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..models.exit_policy import ExitPolicy, get_criterion
 from ..models.labels import UNLABELLED, as_classes, class_labels
+from .budgets import find_frontier
 from .risk_control import certify
 from .search import Evidence, frontier, optimise
 from .temperature import CHUNK, chunks, fit_temperature
@@ -43,6 +44,9 @@ def calibrate(
 
     If no thresholds satisfy the constraint, there is a warning and every image runs to the final exit.
 
+    The policy also stores the best thresholds for other mean costs, which :meth:`ExitPolicy.at` chooses among, and how
+    many images exited at each exit, which :class:`~hf_selfkd.deploy.ExitCounter` compares with.
+
     Args:
         exit_logits: ``(exits, images, classes)``, a tensor or array, first to last, or a sequence of
             ``(images, classes)``; memory-mapped arrays are read in chunks.
@@ -70,7 +74,8 @@ def calibrate(
     rows = _labelled(exit_logits, labels)
     if max_risk is None:
         policy = fit_policy(exit_logits, labels, criterion, rows=rows)
-        policy = solve(policy, gather_evidence(exit_logits, labels, costs, policy, rows=rows), **constraint)
+        evidence = gather_evidence(exit_logits, labels, costs, policy, rows=rows)
+        policy = _with_frontier(solve(policy, evidence, **constraint), evidence)
     else:
         constraint["delta"] = delta
         policy = _guarantee(exit_logits, labels, costs, criterion, constraint, rows)
@@ -94,7 +99,7 @@ def _guarantee(
     test = gather_evidence(exit_logits, labels, costs, policy, rows=testing)
     candidates = frontier(proposal, max_risk)
     thresholds = certify(candidates, proposal, test, max_risk, constraint["delta"], signed=labels is not None)
-    return _with_thresholds(policy, thresholds, test, constraint, num_images)
+    return _with_frontier(_with_thresholds(policy, thresholds, test, constraint, num_images), test)
 
 
 def fit_policy(
@@ -240,8 +245,15 @@ def _with_thresholds(
         "expected_cost": cost,
         "expected_accuracy": accuracy,
         "full_accuracy": evidence.correct[-1].mean().item(),
+        "exit_counts": torch.bincount(evidence.exit_index(thresholds), minlength=len(evidence.correct)).tolist(),
     }
     return replace(policy, thresholds=thresholds, calibration=record)
+
+
+def _with_frontier(policy: ExitPolicy, evidence: Evidence) -> ExitPolicy:
+    """Store the best thresholds for other costs, which :meth:`ExitPolicy.at` chooses among."""
+    frontier = find_frontier(evidence, list(policy.thresholds))
+    return replace(policy, calibration=policy.calibration | {"frontier": frontier})
 
 
 def _check_constraint(constraint: dict[str, float], costs: Sequence[float], delta: float) -> None:

@@ -203,7 +203,7 @@ def search(evidence: Evidence, objective: Objective) -> list[float]:
         for first in range(max(1, num_early - WINDOW + 1)):
             thresholds = _zoom(evidence, thresholds, range(first, min(first + WINDOW, num_early)), objective)
         thresholds = ascend(evidence, thresholds, objective)
-        value = _value(evidence, thresholds, objective)
+        value = value_of(evidence, thresholds, objective)
         if value <= best + 1e-12:
             return thresholds
         best = value
@@ -212,7 +212,7 @@ def search(evidence: Evidence, objective: Objective) -> list[float]:
 def _zoom(evidence: Evidence, thresholds: list[float], window: range, objective: Objective) -> list[float]:
     """Search the thresholds of a window of exits on a grid, then on ever finer grids around the best."""
     num_images = evidence.scores.shape[1]
-    best, best_value = thresholds, _value(evidence, thresholds, objective)
+    best, best_value = thresholds, value_of(evidence, thresholds, objective)
     low, high = torch.zeros(len(window)), torch.full((len(window),), float(num_images))
     while True:
         ranks = [
@@ -233,9 +233,21 @@ def _zoom(evidence: Evidence, thresholds: list[float], window: range, objective:
         low, high = (centre - step).clamp(min=0), (centre + step).clamp(max=num_images)
 
 
-def _value(evidence: Evidence, thresholds: list[float], objective: Objective) -> float:
+def value_of(evidence: Evidence, thresholds: list[float], objective: Objective) -> float:
+    """Return the value of a policy; minus infinity if it is not allowed."""
     accuracy, cost = evidence.measure(thresholds)
     return objective(*torch.tensor([accuracy, cost], dtype=torch.float64)).item()
+
+
+# In both objectives the other quantity breaks ties: it weighs less than one image in a million does.
+def within_cost(max_cost: float) -> Objective:
+    """Return the objective of the best accuracy at no more than a cost."""
+    return lambda accuracy, cost: (accuracy - 1e-9 * cost).masked_fill(cost > max_cost + 1e-12, -math.inf)
+
+
+def _above_accuracy(min_accuracy: float) -> Objective:
+    """Return the objective of the least cost at no less than an accuracy."""
+    return lambda accuracy, cost: (1e-9 * accuracy - cost).masked_fill(accuracy < min_accuracy - 1e-12, -math.inf)
 
 
 def optimise(
@@ -246,14 +258,7 @@ def optimise(
     Returns:
         The thresholds, ``None`` if no policy with early exits satisfies the constraint.
     """
-
-    def objective(accuracy: Tensor, cost: Tensor) -> Tensor:
-        # The other quantity breaks ties: it weighs less than one image in a million does.
-        if max_cost is not None:
-            return (accuracy - 1e-9 * cost).masked_fill(cost > max_cost + 1e-12, -math.inf)
-        return (1e-9 * accuracy - cost).masked_fill(accuracy < min_accuracy - 1e-12, -math.inf)
-
-    best = search(evidence, objective)
+    best = search(evidence, within_cost(max_cost) if max_cost is not None else _above_accuracy(min_accuracy))
     return best if evidence.reached(best).any() else None
 
 
@@ -279,7 +284,7 @@ def frontier(evidence: Evidence, max_risk: float, num_prices: int = 80) -> list[
             places = torch.unravel_index(worth(accuracies, costs).argmax(), accuracies.shape)
             coarse = [view.thresholds[exit, ranks[exit][place]].item() for exit, place in enumerate(places)]
             starts = [policy, coarse + never[len(coarse) :]]
-            policy = ascend(view, max(starts, key=lambda start: _value(view, start, worth)), worth)
+            policy = ascend(view, max(starts, key=lambda start: value_of(view, start, worth)), worth)
             if view.correct[-1].mean() - view.measure(policy)[0] > max_risk:
                 break
             found.append(policy)

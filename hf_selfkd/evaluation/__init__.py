@@ -3,12 +3,16 @@
 from .classification import calibration_error, compute_class_metrics, reduce_class_logits
 from .costs import exit_costs, exit_latencies, exit_parameters, measure_throughput
 from .curves import anytime_curve, budgeted_curve, collect_logits, plot_curves, to_table
+from .per_class import ClassCounts, ConfusionMatrices, class_rows, plot_confusion, write_class_scores, write_confusion
 from .segmentation import compute_segmentation_metrics, reduce_pixel_logits
 
 __all__ = [
+    "ClassCounts",
+    "ConfusionMatrices",
     "anytime_curve",
     "budgeted_curve",
     "calibration_error",
+    "class_rows",
     "collect_logits",
     "compute_class_metrics",
     "compute_segmentation_metrics",
@@ -16,8 +20,11 @@ __all__ = [
     "exit_latencies",
     "exit_parameters",
     "measure_throughput",
+    "plot_confusion",
     "plot_curves",
     "reduce_class_logits",
     "reduce_pixel_logits",
     "to_table",
+    "write_class_scores",
+    "write_confusion",
 ]

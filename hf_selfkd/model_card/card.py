@@ -66,36 +66,43 @@ def _write(model: PreTrainedModel, folder: Path, facts: CardFacts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     facts = as_stored(facts)
     counts = exit_counts(model) if task_of(model).exits_early else None
-    curve = _anytime_curve(model, facts, counts[0]) if counts else []
-    if curve:
-        plot_curves({"single exits": curve}, str(folder / PICTURE))
-    values = template_values(model, facts, counts, PICTURE if curve else None)
+    curves = _anytime_curves(model, facts, counts[0]) if counts else {}
+    if curves:
+        plot_curves(curves, str(folder / PICTURE))
+    values = template_values(model, facts, counts, PICTURE if curves else None)
     card = ModelCard.from_template(card_metadata(model, facts), template_path=str(_TEMPLATE), **values)
     save_card(card, facts, folder)
 
 
-def _anytime_curve(model: PreTrainedModel, facts: CardFacts, costs: list[int]) -> list[dict[str, float]]:
-    scores = exit_scores(model, facts.metrics)
-    if len(costs) < 2 or not scores:
-        return []
-    return [{"share": cost / costs[-1], "accuracy": scores[f"exit {exit}"]} for exit, cost in enumerate(costs)]
+def _anytime_curves(model: PreTrainedModel, facts: CardFacts, costs: list[int]) -> dict[str, list[dict[str, float]]]:
+    """Return a curve per evaluated dataset, by its name in the legend."""
+    sets = {"single exits": facts.metrics} | {result["name"]: result["metrics"] for result in facts.results}
+    found = {name: exit_scores(model, metrics) for name, metrics in sets.items()}
+    return {
+        name: [{"share": cost / costs[-1], "accuracy": scores[f"exit {exit}"]} for exit, cost in enumerate(costs)]
+        for name, scores in found.items()
+        if len(costs) > 1 and scores
+    }
 
 
 def card_metadata(model: PreTrainedModel, facts: CardFacts) -> ModelCardData:
     """Return the Hub's metadata of a card: the library that loads the model, its tags, and a result per exit."""
-    metric, scores = task_of(model).metric, exit_scores(model, facts.metrics)
+    metric = task_of(model).metric
+    sets = [(None, facts.metrics), *((result["name"], result["metrics"]) for result in facts.results)]
+    found = [(split, name, score) for split, metrics in sets for name, score in exit_scores(model, metrics).items()]
     # The Hub refuses results without a dataset.
-    has_results = scores and (facts.dataset or facts.dataset_tags)
+    has_dataset = facts.dataset or facts.dataset_tags
     results = [
         EvalResult(
             task_type=model.task,
             dataset_type=[*facts.dataset_tags, facts.dataset][0],
             dataset_name=facts.dataset or facts.dataset_tags[0],
+            dataset_split=split,
             metric_type=metric,
             metric_name=f"{metric.replace('_', ' ')} ({name})",
             metric_value=round(score, 4),
         )
-        for name, score in (scores.items() if has_results else ())
+        for split, name, score in (found if has_dataset else ())
     ]
     return ModelCardData(
         language=facts.language,
@@ -105,7 +112,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts) -> ModelCardData:
         tags=[*model.model_tags, *(method["name"] for method in facts.methods), *facts.tags],
         datasets=list(facts.dataset_tags) or None,
         base_model=facts.base_model,
-        metrics=[metric] if scores else None,
+        metrics=[metric] if found else None,
         eval_results=results or None,
         model_name=facts.name if results else None,
     )

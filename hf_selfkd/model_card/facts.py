@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -19,18 +19,12 @@ from ..methods import Method
 from ..methods.combination import Combination
 from ..tasks import task_of
 from .environment import current_commit, device_name, versions
+from .evaluations import evaluation_facts
+from .per_class import write_class_results
 from .recipe import training_recipe
 
 # Runs that the latencies of a card are the median of.
 LATENCY_RUNS = 10
-
-
-class Evaluation(NamedTuple):
-    """The last evaluation of a trainer: the step, the number of images, and the metrics."""
-
-    step: int
-    num_images: int
-    metrics: dict[str, float]
 
 
 @dataclass(kw_only=True)
@@ -45,6 +39,10 @@ class CardFacts:
         num_train_images: Number of training images.
         num_eval_images: Number of evaluation images.
         metrics: Return value of the trainer's ``evaluate``; values that are not finite are dropped.
+        results: Results on further datasets, each with its ``name``, ``num_images`` and ``metrics``, whose names begin
+            with ``eval_`` as in ``metrics``.
+        class_results: Files with the results per class, see
+            :func:`~hf_selfkd.model_card.per_class.write_class_results`.
         methods: Methods that the model was trained with, each with ``name``, ``summary`` and ``paper``, see
             :func:`method_facts`.
         hyper_parameters: Hyper-parameters of the methods that differ from their defaults.
@@ -69,6 +67,8 @@ class CardFacts:
     num_train_images: int | None = None
     num_eval_images: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    results: Sequence[dict[str, Any]] = ()
+    class_results: Sequence[dict[str, str | None]] = ()
     methods: Sequence[dict[str, str]] = ()
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +83,8 @@ class CardFacts:
     trial: dict[str, Any] | None = None
 
     def __post_init__(self):
-        self.metrics = {name: value for name, value in self.metrics.items() if is_known(value)}
+        self.metrics = _known(self.metrics)
+        self.results = [result | {"metrics": _known(result["metrics"])} for result in self.results]
 
 
 def collect_facts(
@@ -100,6 +101,7 @@ def collect_facts(
     recipe: dict[str, Any] | None = None,
     latency: bool = False,
     commit: bool = False,
+    per_class: bool = False,
 ) -> CardFacts:
     """Collect the facts of a trainer's run.
 
@@ -117,7 +119,10 @@ def collect_facts(
         latency: Measure the milliseconds to each exit, by a few forward passes with one image; not possible for
             segmentation and for weights that are sharded over processes.
         commit: Record the git commit of the working directory.
+        per_class: Write the scores of every class and the confusion matrix into the folder; evaluations count them
+            only where ``card={"per_class": True}`` was given to the trainer.
     """
+    evaluations = trainer.card_recorder.evaluations
     repository = trainer.hub_model_id or trainer.args.hub_model_id or Path(folder).resolve().name
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return CardFacts(
@@ -131,15 +136,10 @@ def collect_facts(
         tags=[*trainer.model.model_tags, *_listed(tags)],
         latency=measure_latency(trainer.model) if latency and not is_sharded else None,
         commit=current_commit() if commit else None,
-        **_evaluation_facts(trainer.card_recorder.evaluation),
+        class_results=write_class_results(trainer.network, evaluations, folder) if per_class else (),
+        **evaluation_facts(evaluations),
         **_training_facts(trainer, recipe or {}),
     )
-
-
-def _evaluation_facts(evaluation: Evaluation | None) -> dict[str, Any]:
-    if evaluation is None:
-        return {}
-    return {"num_eval_images": evaluation.num_images, "metrics": evaluation.metrics}
 
 
 def _training_facts(trainer: Trainer, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +156,10 @@ def _training_facts(trainer: Trainer, recipe: dict[str, Any]) -> dict[str, Any]:
 def is_known(value: Any) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _known(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if is_known(value)}
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Values that template.md is filled with: rows of tables, numbers and BibTeX, each from plain facts. No prose."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from .facts import CardFacts, is_known
 _BIBLIOGRAPHY = (Path(__file__).parent / "citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
 _TEMPERATURE_SCALING = "https://arxiv.org/abs/1706.04599"
 _LEARN_THEN_TEST = "https://arxiv.org/abs/2110.01052"
+
+# Metrics that the stock trainer adds to every evaluation.
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 # Fields of ExitPolicy.calibration that the card describes.
 _CALIBRATION = {"demand", "samples", "expected_accuracy", "expected_cost", "full_accuracy"}
@@ -36,7 +40,9 @@ def template_values(
         picture: File name of the anytime curve, ``None`` if there is none.
     """
     config, task = model.config, task_of(model)
-    exits = results(model, facts, counts)
+    costs, parameters = counts or ((), ())
+    latencies = facts.latency["milliseconds"] if facts.latency else ()
+    exits = exit_rows(model, facts.metrics, costs, latencies, parameters)
     return {
         "facts": facts,
         "config": config,
@@ -48,6 +54,12 @@ def template_values(
         "stages": model.exit_stages,
         "exits": exits,
         "is_evaluated": task.metric_titles[task.metric] in exits[0],
+        "own_metrics": own_metrics(model, facts.metrics),
+        "results": [
+            result
+            | {"exits": exit_rows(model, result["metrics"]), "own_metrics": own_metrics(model, result["metrics"])}
+            for result in facts.results
+        ],
         "num_parameters": None if counts else num_inference_parameters(model),
         "precision": next((name for name in ("bf16", "fp16") if facts.recipe.get(name)), None),
         "picture": picture,
@@ -76,13 +88,15 @@ def example(model: PreTrainedModel, repository: str) -> str:
     return TENSOR_EXAMPLE.format(repository=repository, auto_class=task.auto_class, **sizes)
 
 
-def results(
-    model: PreTrainedModel, facts: CardFacts, counts: tuple[Sequence[int], Sequence[int]] | None
-) -> list[dict[str, Any]]:
-    """Return the rows of the results, see :func:`exit_rows`."""
-    costs, parameters = counts or ((), ())
-    latencies = facts.latency["milliseconds"] if facts.latency else ()
-    return exit_rows(model, facts.metrics, costs, latencies, parameters)
+def own_metrics(model: PreTrainedModel, metrics: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a table row per metric that the user's ``compute_metrics`` added."""
+    of_exits = ("loss", *task_of(model).metric_titles)
+    names = (name.removeprefix("eval_") for name in metrics if name.startswith("eval_"))
+    return [
+        {"metric": name, "value": metrics[f"eval_{name}"]}
+        for name in names
+        if name not in (*of_exits, *_SPEED) and not re.fullmatch(rf"(exit_\d+|ensemble)_({'|'.join(of_exits)})", name)
+    ]
 
 
 def exit_rows(

@@ -5,6 +5,7 @@ Call path: ``model.early_exit`` -> :func:`exit_early` -> :class:`EarlyExit` -> :
 
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .exit_policy import ExitPolicy
 from .hooks import Visitor, join_rows, keep_rows, run
 from .outputs import EarlyExitOutput
+from .policy_checks import check_thresholds
 
 # Up to the first exit a CPU runs as many images at once as its caches hold: with larger batches the wide early feature
 # maps of convolutional networks took 1.3 to 3 times as long (measured: ResNet, ConvNeXt, EfficientNet; no difference
@@ -28,7 +30,9 @@ class ChunkDone(Exception):
     """A chunk has reached the stage where it waits for the rest of its batch."""
 
 
-def exit_early(model: nn.Module, pixel_values: Tensor, policy: ExitPolicy) -> EarlyExitOutput:
+def exit_early(
+    model: nn.Module, pixel_values: Tensor, policy: ExitPolicy, thresholds: Tensor | None = None
+) -> EarlyExitOutput:
     """Run a model on images, each of which exits at the exit that the policy selects.
 
     Args:
@@ -36,15 +40,20 @@ def exit_early(model: nn.Module, pixel_values: Tensor, policy: ExitPolicy) -> Ea
             and kept as ``model.shrinks_batch``.
         pixel_values: ``(batch, channels, height, width)``.
         policy: Policy for the exits of the model.
+        thresholds: Thresholds of each image, ``(batch, auxiliary exits)``; ``None`` for the policy's.
     """
+    if thresholds is not None:
+        thresholds = check_thresholds(thresholds, len(pixel_values), len(policy.thresholds)).to(pixel_values.device)
     if not model.anatomy.in_order and len(model.exit_stages) > 1:
-        return _choose_exits_afterwards(model, pixel_values, policy)
+        return _choose_exits_afterwards(model, pixel_values, policy, thresholds)
     if model.shrinks_batch is None and len(pixel_values) > 1:
         model.shrinks_batch = can_shrink(model, pixel_values)
-    return EarlyExit(model, policy, pixel_values, shrink=model.shrinks_batch is not False).route()
+    return EarlyExit(model, policy, pixel_values, thresholds, shrink=model.shrinks_batch is not False).route()
 
 
-def _choose_exits_afterwards(model: nn.Module, pixel_values: Tensor, policy: ExitPolicy) -> EarlyExitOutput:
+def _choose_exits_afterwards(
+    model: nn.Module, pixel_values: Tensor, policy: ExitPolicy, thresholds: Tensor | None
+) -> EarlyExitOutput:
     """Compute all exits, then choose among them in their order."""
     warnings.warn(
         f"The stages of {model.config.backbone} do not end in order, so early_exit computes all exits. "
@@ -54,7 +63,7 @@ def _choose_exits_afterwards(model: nn.Module, pixel_values: Tensor, policy: Exi
     exit_logits = model(
         pixel_values, output_hidden_states=True, return_dict=True
     ).exit_logits  # hidden states imply all exits
-    exit_index, logits = policy.decide(exit_logits)
+    exit_index, logits = policy.decide(exit_logits, thresholds)
     confidences = torch.stack([policy.score(exit, logits)[1] for exit, logits in enumerate(exit_logits)])
     return EarlyExitOutput(logits, exit_index, confidences.gather(0, exit_index.unsqueeze(0))[0])
 
@@ -66,16 +75,27 @@ class EarlyExit(Visitor):
         model: A multi-exit model for classification.
         policy: Policy for its exits.
         pixel_values: The batch, ``(batch, channels, height, width)``.
+        thresholds: Thresholds of each image, ``(batch, auxiliary exits)``; ``None`` for the policy's.
         shrink: Whether the network continues with the remaining images only; otherwise with all images until the last
             has exited.
     """
 
-    def __init__(self, model: nn.Module, policy: ExitPolicy, pixel_values: Tensor, *, shrink: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: ExitPolicy,
+        pixel_values: Tensor,
+        thresholds: Tensor | None = None,
+        *,
+        shrink: bool,
+    ):
         self.model = model
         self.policy = policy
         self.pixel_values = pixel_values
+        self.thresholds = thresholds
         self.shrink = shrink
-        self.exit_at = {stage: exit for exit, stage in enumerate(model.exit_stages) if policy.listens(exit)}
+        loosest = policy if thresholds is None else _loosest(policy, thresholds)
+        self.exit_at = {stage: exit for exit, stage in enumerate(model.exit_stages) if loosest.listens(exit)}
         self.rows = torch.arange(len(pixel_values), device=pixel_values.device)  # images that have not exited
         self.history: Tensor | None = None
         self.exited: list[tuple[int, Tensor, Tensor, Tensor]] = []  # exit, rows, logits, confidences
@@ -136,7 +156,16 @@ class EarlyExit(Visitor):
     def judge(self, exit: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return which images exit, and their confidences, both ``(rows,)``."""
         scores, confidence, self.history = self.policy.score(exit, logits, self.history)
-        return scores >= self.policy.thresholds[exit], confidence
+        limit = self.policy.thresholds[exit] if self.thresholds is None else self.thresholds[self.rows, exit]
+        return scores >= limit, confidence
+
+
+def _loosest(policy: ExitPolicy, thresholds: Tensor) -> ExitPolicy:
+    """Return the policy with the lowest threshold of any image at each exit; the policy itself without images."""
+    if len(thresholds) == 0:
+        return policy
+    never = torch.finfo(torch.float32).max  # infinity is a threshold that no score reaches
+    return replace(policy, thresholds=thresholds.amin(dim=0).clamp(max=never).tolist())
 
 
 class _WaitForChunks(Visitor):

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .did_you_mean import did_you_mean
+from .frontier import best_point
+from .policy_checks import check_numbers, check_thresholds
 
 
 def _confidence(probabilities: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -131,9 +133,9 @@ class ExitPolicy:
 
     def __post_init__(self):
         get_criterion(self.criterion)
-        thresholds = _check_numbers("thresholds", self.thresholds, "at least 0", lambda value: value >= 0)
+        thresholds = check_numbers("thresholds", self.thresholds, "at least 0", lambda value: value >= 0)
         temperatures = [1.0] * (len(thresholds) + 1) if self.temperatures is None else self.temperatures
-        temperatures = _check_numbers("temperatures", temperatures, "above 0", lambda value: value > 0)
+        temperatures = check_numbers("temperatures", temperatures, "above 0", lambda value: value > 0)
         if len(temperatures) != len(thresholds) + 1:
             raise ValueError(
                 "A policy has one threshold per auxiliary exit and one temperature per exit, so one more, but got "
@@ -177,6 +179,21 @@ class ExitPolicy:
             )
         return cls(**fields)
 
+    def at(self, target_cost: float) -> "ExitPolicy":
+        """Return the policy with the best accuracy at another mean cost, among those that :func:`calibrate` stored.
+
+        Accuracy and cost are those on the calibration images, as with ``calibrate(..., target_cost=...)``; a guarantee
+        that the policy came with does not hold for the new one.
+
+        Args:
+            target_cost: Largest mean cost, as a share of the final exit's, in (0, 1].
+
+        Raises:
+            ValueError: If the policy stores no frontier, or no policy that is so cheap.
+        """
+        thresholds, calibration = best_point(self.calibration, target_cost)
+        return replace(self, thresholds=thresholds, calibration=calibration)
+
     def check_num_exits(self, num_exits: int) -> None:
         """Raise ValueError unless the policy is for ``num_exits`` exits."""
         if self.num_exits != num_exits:
@@ -210,17 +227,19 @@ class ExitPolicy:
         scores, history = CRITERIA[self.criterion].score(probabilities, history)
         return scores, probabilities.amax(dim=-1), history
 
-    def decide(self, exit_logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def decide(self, exit_logits: Sequence[Tensor], thresholds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose an exit for each image, given the logits of all exits.
 
         Args:
             exit_logits: ``(exits, batch, classes)``, or a sequence of ``(batch, classes)``, first to last.
+            thresholds: Thresholds of each image, ``(batch, auxiliary exits)``; ``None`` for the policy's.
 
         Returns:
             The exits ``(batch,)`` and the logits there, ``(batch, classes)``.
 
         Raises:
-            ValueError: If the policy is for another number of exits.
+            ValueError: If the policy is for another number of exits, or thresholds have another shape or are negative
+                or NaN.
 
         Example:
             >>> policy = ExitPolicy(thresholds=[0.9])
@@ -230,23 +249,17 @@ class ExitPolicy:
         """
         self.check_num_exits(len(exit_logits))
         *early, chosen = (torch.as_tensor(logits) for logits in exit_logits)
+        if thresholds is not None:
+            thresholds = check_thresholds(thresholds, len(chosen), len(early)).to(chosen.device)
         exit_index = torch.full_like(chosen[:, 0], len(early), dtype=torch.long)
         history = None
         for exit, logits in enumerate(early):
             scores, _, history = self.score(exit, logits, history)
-            exits = (scores >= self.thresholds[exit]) & (exit_index == len(early))
+            limit = self.thresholds[exit] if thresholds is None else thresholds[:, exit]
+            exits = (scores >= limit) & (exit_index == len(early))
             exit_index = exit_index.masked_fill(exits, exit)
             chosen = torch.where(exits.unsqueeze(-1), logits, chosen)
         return exit_index, chosen
-
-
-def _check_numbers(name: str, values: Any, wanted: str, is_valid: Callable[[float], bool]) -> tuple[float, ...]:
-    if not isinstance(values, (list, tuple)) or not all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and is_valid(value)
-        for value in values
-    ):
-        raise ValueError(f"{name} must be a list of numbers {wanted}, but got {values!r}.")
-    return tuple(float(value) for value in values)
 
 
 def resolve_policy(policy: ExitPolicy | None, configured: dict[str, Any] | None, num_exits: int) -> ExitPolicy:

@@ -149,7 +149,14 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
     # The shape of a shrinking batch depends on the data, so a compiled model runs this part uncompiled.
     @torch.compiler.disable
     @torch.no_grad()
-    def early_exit(self, pixel_values: Tensor, policy: ExitPolicy | None = None) -> EarlyExitOutput:
+    def early_exit(
+        self,
+        pixel_values: Tensor,
+        policy: ExitPolicy | None = None,
+        thresholds: Tensor | None = None,
+        *,
+        target_cost: float | None = None,
+    ) -> EarlyExitOutput:
         """Exit each image at the exit that the policy selects; the rest of the network runs on the remaining images.
 
         The outputs equal those of computing all exits and choosing afterwards. If the network is not sequential at its
@@ -160,17 +167,24 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         Args:
             pixel_values: ``(batch, channels, height, width)``.
             policy: Decides when an image may exit; ``None`` takes ``config.exit_policy``.
+            thresholds: Thresholds of each image, ``(batch, auxiliary exits)``, in the place of the policy's, such as
+                those of ``policy.at(target_cost)`` with a cost per image; ``None`` for the policy's.
+            target_cost: Moves along the frontier of the policy, see :meth:`ExitPolicy.at`.
 
         Raises:
-            ValueError: If the model is in training mode, the policy is missing or for another number of exits, or
-                :meth:`forward` does not take the images.
+            ValueError: If the model is in training mode, the policy is missing, for another number of exits or without
+                a frontier for ``target_cost``, both ``thresholds`` and ``target_cost`` are given, thresholds have
+                another shape or are negative or NaN, or :meth:`forward` does not take the images.
         """
         if self.training:
             raise ValueError("early_exit needs a model in eval mode, but it is in training mode. Call model.eval().")
+        if thresholds is not None and target_cost is not None:
+            raise ValueError("thresholds and target_cost both decide when images exit. Give one of them.")
         policy = resolve_policy(policy, self.config.exit_policy, self.num_exits)
+        policy = policy if target_cost is None else policy.at(target_cost)
         pixel_values = prepare_images(self.backbone, pixel_values, self.num_channels)
         try:
-            return exit_early(self, pixel_values, policy)
+            return exit_early(self, pixel_values, policy, thresholds)
         except AssertionError as error:
             raise size_error(self.config.backbone, pixel_values.shape[-2:], error) from error
 

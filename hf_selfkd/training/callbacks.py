@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..methods.base import multi_exit_model
-from ..model_card.facts import Evaluation
+from ..model_card.evaluations import Evaluation
 from .batches import Batches
 from .checkpoints import load_average, remove_incomplete
 from .distributed import broadcast_buffers, is_sharded, unsharded
@@ -158,36 +158,48 @@ def _inference_modules(model: nn.Module) -> nn.ModuleDict:
 
 
 class CardRecorder(TrainerCallback):
-    """Records for the model card: the last evaluation, and the exit policy that the model had before training."""
+    """Records for the model card: the last evaluations, and the exit policy that the model had before training."""
 
     def __init__(self):
         self.policy_before_training: dict[str, Any] | None = None
-        self._evaluation: Evaluation | None = None
-        self._is_current = False
+        self._evaluations: dict[str, Evaluation] = {}
+        self._are_current = False
+        self._confusions: dict[tuple[str, int], Any] = {}  # by prefix and step, of the last and the best evaluation
 
     @property
-    def evaluation(self) -> Evaluation | None:
-        """The last evaluation; ``None`` if it is one of earlier weights."""
-        return self._evaluation if self._is_current else None
+    def evaluations(self) -> dict[str, Evaluation]:
+        """The last evaluation of each dataset, by the prefix of its metrics; none of them is of earlier weights."""
+        return self._evaluations if self._are_current else {}
 
-    def record(self, evaluation: Evaluation) -> None:
-        """Record an evaluation of the current weights; not one of ``predict``, or of one dataset among several."""
-        if "eval_loss" in evaluation.metrics:
-            self._evaluation, self._is_current = evaluation, True
+    def record(self, prefix: str, evaluation: Evaluation) -> None:
+        """Record an evaluation of the current weights, unless nothing was labelled.
+
+        Args:
+            prefix: That of its metrics: ``eval``, for one dataset among several ``eval_<name>``, or one's own.
+            evaluation: The evaluation.
+        """
+        if f"{prefix}_loss" in evaluation.metrics:
+            self._evaluations = self.evaluations | {prefix: evaluation}
+            self._are_current = True
+            self._confusions[prefix, evaluation.step] = evaluation.confusion
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        """Forget the evaluation of the weights before training."""
-        self._evaluation, self._is_current = None, False
+        """Forget the evaluations of the weights before training."""
+        self._evaluations, self._are_current, self._confusions = {}, False, {}
         self.policy_before_training = multi_exit_model(model).config.exit_policy
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Mark the last evaluation as one of earlier weights."""
-        self._is_current = False
+        """Mark the last evaluations as those of earlier weights."""
+        self._are_current = False
+        self._confusions = {key: value for key, value in self._confusions.items() if key[1] == state.best_global_step}
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Take the evaluation of the best checkpoint, which the model now holds, from the log."""
-        if self._evaluation is None or not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        """Take the evaluations of the best checkpoint, which the model now holds, from the log."""
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         best = [entry for entry in state.log_history if entry.get("step") == state.best_global_step]
-        metrics = {name: value for entry in best for name, value in entry.items() if name.startswith("eval_")}
-        self.record(self._evaluation._replace(step=state.global_step, metrics=metrics))
+        for prefix, evaluation in self._evaluations.items():
+            logged = next((entry for entry in best if f"{prefix}_loss" in entry), {})
+            metrics = {name: value for name, value in logged.items() if name.startswith(f"{prefix}_")}
+            confusion = self._confusions.get((prefix, state.best_global_step))
+            self.record(prefix, Evaluation(state.global_step, evaluation.num_images, metrics, confusion))

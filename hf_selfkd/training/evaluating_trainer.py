@@ -10,8 +10,9 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..evaluation.per_class import ConfusionMatrices
 from ..methods.base import multi_exit_model
-from ..model_card.facts import Evaluation
+from ..model_card.evaluations import Evaluation
 from ..models.outputs import as_tuples
 from ..tasks import task_of
 from . import hyper_parameters, resume
@@ -27,6 +28,7 @@ class EvaluatingTrainer(Trainer):
     """
 
     exit_outputs: EvalLoopContainer | None = None  # during an evaluation: what the metrics of the exits need
+    confusion: ConfusionMatrices | None = None  # likewise, if results per class are requested
     search_space: hyper_parameters.SearchSpace | None = None
 
     @property
@@ -55,14 +57,19 @@ class EvaluatingTrainer(Trainer):
         """
         if self.is_in_train:
             resume.synchronise_batch_norm(self)
+        counts = task_of(self.network).class_counts if self.card.get("per_class") else None
+        confusion = None if counts is None else ConfusionMatrices(counts, self.network.config.num_labels)
         averaged = self.average.applied_to(self.model) if self.average and self.is_in_train else nullcontext()
         every_exit = swapped(self.network.config, early_exit=False, return_dict=True)
-        with averaged, every_exit, swapped(self, exit_outputs=EvalLoopContainer()):
+        with averaged, every_exit, swapped(self, exit_outputs=EvalLoopContainer(), confusion=confusion):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             output.metrics.update(self._exit_metrics(output.metrics, f"{metric_key_prefix}_"))
-        self.card_recorder.record(Evaluation(self.state.global_step, output.num_samples, output.metrics))
+        if description == "Evaluation":  # and not that of predict
+            matrices = None if confusion is None else confusion.total
+            evaluation = Evaluation(self.state.global_step, output.num_samples, output.metrics, matrices)
+            self.card_recorder.record(metric_key_prefix, evaluation)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[Any, Any, Any]:
@@ -75,6 +82,8 @@ class EvaluatingTrainer(Trainer):
         if labels is not None and self.exit_outputs is not None:
             reduced = task_of(self.network).reduce_logits(exit_logits, labels)
             self.exit_outputs.add(self.gather_function(reduced))
+            if self.confusion is not None:
+                self.confusion.add(exit_logits, labels, self.gather_function)
             if self.args.eval_accumulation_steps is not None:
                 self.exit_outputs.to_cpu_and_numpy()
         if prediction_loss_only:

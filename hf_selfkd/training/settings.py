@@ -90,6 +90,7 @@ def attach_method(
     args: TrainingArguments,
     *,
     has_mix: bool,
+    per_class: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Attach a method to a model, with a scaffold that is equal on all processes.
@@ -103,6 +104,8 @@ def attach_method(
     network = multi_exit_model(model)
     network.config.check()  # fields may have been set since the model was built
     method.check(network)
+    if per_class and task_of(network).class_counts is None:
+        raise ValueError(f"card has per_class=True, but {network.task} has no single class per image. Leave it out.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("No parameter is left to train: the backbone is frozen and the model has no exits.")
     if not task_of(network).takes_soft_labels and (args.label_smoothing_factor or has_mix):

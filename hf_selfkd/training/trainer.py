@@ -136,7 +136,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         self.restore, self.card_recorder = resume.RestoreProcess(self), CardRecorder()
         self.attachment = Attachment(self)
         if model is not None:
-            settings.attach_method(self.method, model, args, has_mix=mix is not None, optimizer=optimizers[0])
+            self._attach_method(model, args, optimizers[0])
         super().__init__(model=model, args=described(settings.own_arguments(args), self), **kwargs)
         self.balance, self.label_checks = ClassBalance(self, class_weights, balanced_sampling), CheckLabels(self)
         adopt_image_processor(self.processing_class, self.network.config)
@@ -164,9 +164,13 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         model = super().call_model_init(trial)
         if trial is not None and self.search_space is not None:
             self.method = self.search_space.method_of(trial)
-        settings.attach_method(self.method, model, self.args, has_mix=self.mix is not None)
+        self._attach_method(model, self.args)
         adopt_image_processor(getattr(self, "processing_class", None), multi_exit_model(model).config)
         return model
+
+    def _attach_method(self, model: nn.Module, args: TrainingArguments, optimizer=None) -> None:
+        has = {"has_mix": self.mix is not None, "per_class": bool(self.card.get("per_class"))}
+        settings.attach_method(self.method, model, args, optimizer=optimizer, **has)
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train as ``Trainer`` does, and listen to SIGTERM if that is switched on."""

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import multiprocessing
 import re
@@ -152,6 +153,56 @@ def test_images_of_equal_score_exit_together():
     evidence = Evidence(scores, torch.ones(2, 4).double(), torch.tensor([0.5, 1.0]).double(), 2.0)
     assert evidence.separable(0, torch.arange(5)).tolist() == [0, 1, 1, 1, 4]
     assert [int(evidence.reached([t]).sum()) for t in evidence.thresholds[0, [0, 1, 4]].tolist()] == [0, 1, 4]
+
+
+# The frontier
+
+
+@pytest.fixture(scope="module")
+def calibrated(logits):
+    return calibrate(*logits, COSTS, target_cost=0.6)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.3, 0.45, 0.6, 0.75, 1.0])
+def test_a_policy_moves_to_other_costs_as_well_as_if_calibrated_again(logits, calibrated, target):
+    moved = calibrated.at(target)
+    accuracy, cost = judge(moved, *logits)
+    assert cost <= target + 1e-9
+    assert accuracy >= judge(calibrate(*logits, COSTS, target_cost=target), *logits)[0] - 0.002
+    assert moved.temperatures == calibrated.temperatures and moved.criterion == calibrated.criterion
+    record = moved.calibration
+    assert record["demand"] == {"target_cost": target} and record["samples"] == 1500
+    assert (record["expected_accuracy"], record["expected_cost"]) == pytest.approx((accuracy, cost))
+    assert record["exit_counts"] == torch.bincount(moved.decide(logits[0])[0], minlength=4).tolist()
+    assert moved.at(0.6) == calibrated.at(0.6)  # there is a way back
+
+
+def test_the_calibrated_policy_is_on_its_own_frontier(logits, calibrated):
+    assert calibrated.at(0.6).thresholds == pytest.approx(calibrated.thresholds)
+    assert calibrated.calibration["exit_counts"] == calibrated.at(0.6).calibration["exit_counts"]
+
+
+@pytest.mark.parametrize(
+    ("exits", "criterion", "constraint"),
+    [
+        (2, "margin", {"max_accuracy_drop": 0.05}),
+        (6, "confidence", {"target_cost": 0.7}),
+        (4, "patience", {"max_risk": 0.1}),
+    ],
+)
+def test_every_policy_has_a_frontier(exits, criterion, constraint):
+    exit_logits, labels = make_logits(600, exits=exits)
+    costs = [0.2 + 0.8 * exit / (exits - 1) for exit in range(exits)]
+    policy = calibrate(exit_logits, labels, costs, criterion=criterion, **constraint)
+    frontier = policy.calibration["frontier"]
+    assert len(json.dumps(frontier)) < 5000
+    points = [policy.at(target).calibration for target in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    assert points[0]["expected_cost"] == pytest.approx(0.2)
+    for point, target in zip(points, (0.2, 0.4, 0.6, 0.8, 1.0), strict=True):
+        assert point["expected_cost"] <= target + 1e-9
+        assert sum(point["exit_counts"]) == point["samples"] == (400 if "max_risk" in constraint else 600)
+    accuracies = [point["expected_accuracy"] for point in points]
+    assert accuracies == sorted(accuracies) and accuracies[0] < accuracies[-1]
 
 
 # The guarantee

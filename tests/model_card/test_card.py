@@ -26,7 +26,7 @@ from hf_selfkd import (
 )
 from hf_selfkd.evaluation.costs import exit_counts
 from hf_selfkd.methods.combination import Combination
-from hf_selfkd.model_card import CardFacts, card_metadata, write_model_card
+from hf_selfkd.model_card import CardFacts, card_metadata, update_model_card, write_model_card
 from hf_selfkd.model_card.environment import current_commit, device_name
 from hf_selfkd.model_card.facts import source_of_weights
 from hf_selfkd.model_card.values import cite, example
@@ -212,17 +212,57 @@ def test_saving_runs_no_forward_pass_and_no_process(build, train, monkeypatch, t
 
 def test_an_evaluation_of_other_weights_is_left_out(build, images, train, tmp_path):
     trainer = train(build(), max_steps=1)
-    assert trainer.card_recorder.evaluation is None
+    assert trainer.card_recorder.evaluations == {}
     metrics = trainer.evaluate()
     trainer.predict(images)
-    assert trainer.card_recorder.evaluation.metrics == metrics and trainer.card_recorder.evaluation.num_images == 20
+    ((prefix, evaluation),) = trainer.card_recorder.evaluations.items()
+    assert (prefix, evaluation.metrics, evaluation.num_images) == ("eval", metrics, 20)
     trainer.train()
-    assert trainer.card_recorder.evaluation is None
+    assert trainer.card_recorder.evaluations == {}
     trainer.save_model(tmp_path / "saved")
     card = ModelCard.load(tmp_path / "saved" / "README.md")
     assert card.data.eval_results is None and card.data.metrics is None
     assert "accuracy (%)" not in card.text and "multiply-adds (M)" in card.text
     assert not (tmp_path / "saved" / "anytime_curve.png").exists()
+
+
+def test_results_on_several_datasets_and_under_another_prefix(build, images, train, tmp_path):
+    sets = {"clean": images[:10], "noisy": images[10:]}
+    trainer = train(build(), max_steps=1, trainer_kwargs={"eval_dataset": sets, "card": {"dataset": "stripes"}})
+    metrics = trainer.evaluate() | trainer.evaluate(images[:5], metric_key_prefix="test")
+    trainer.save_model()
+    for _ in range(2):  # and again from the stored facts
+        card = ModelCard.load(tmp_path / "run" / "README.md")
+        results = sections_of(card.text)["Results"]
+        parts = dict(
+            zip(["", "eval_clean", "eval_noisy", "test"], re.split("^### On ", results, flags=re.M), strict=True)
+        )
+        assert "accuracy" not in parts.pop("")
+        for prefix, part in parts.items():
+            assert part.startswith(f"{prefix.removeprefix('eval_')} ({5 if prefix == 'test' else 10} images)")
+            assert "multiply-adds" not in part
+            found = {row["exit"]: float(row["accuracy (%)"]) for row in table_of(part, "exit")}
+            expected = {str(exit): 100 * metrics[f"{prefix}_exit_{exit}_accuracy"] for exit in range(4)}
+            assert found == pytest.approx(
+                expected | {"ensemble": 100 * metrics[f"{prefix}_ensemble_accuracy"]}, abs=0.01
+            )
+        assert {result.dataset_split for result in card.data.eval_results} == {"clean", "noisy", "test"}
+        assert len(card.data.eval_results) == 15
+        update_model_card(trainer.model, tmp_path / "run")
+
+
+def test_metrics_of_ones_own(build, images, train, tmp_path):
+    def own(prediction):
+        return {"f1": 0.25, "exit_0_f1": 0.125, "undefined": float("nan")}
+
+    trainer = train(build(), max_steps=1, trainer_kwargs={"compute_metrics": own})
+    trainer.evaluate()
+    trainer.create_model_card()
+    rows = table_of(sections_of((tmp_path / "run" / "README.md").read_text())["Results"], "metric")
+    assert rows == [{"metric": "f1", "value": "0.25"}, {"metric": "exit_0_f1", "value": "0.125"}]
+    trainer.evaluate(images[:3], metric_key_prefix="test")
+    trainer.create_model_card()
+    assert (tmp_path / "run" / "README.md").read_text().count("| f1 | 0.25 |") == 2
 
 
 def test_the_best_weights_come_with_their_own_accuracy(build, train, tmp_path):
@@ -231,7 +271,7 @@ def test_the_best_weights_come_with_their_own_accuracy(build, train, tmp_path):
     best = trainer.state.best_global_step
     assert best < trainer.state.global_step, "the last epoch was the best, which shows nothing"
     (logged,) = [log for log in trainer.state.log_history if log["step"] == best and "eval_loss" in log]
-    assert trainer.card_recorder.evaluation.metrics["eval_exit_0_accuracy"] == logged["eval_exit_0_accuracy"]
+    assert trainer.card_recorder.evaluations["eval"].metrics["eval_exit_0_accuracy"] == logged["eval_exit_0_accuracy"]
     assert trainer.evaluate()["eval_exit_0_accuracy"] == logged["eval_exit_0_accuracy"]
     trainer.create_model_card()
     recipe = table_of((tmp_path / "run" / "README.md").read_text(), "setting")

@@ -1,7 +1,9 @@
 import copy
+import math
 import pickle
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import timm
@@ -89,6 +91,64 @@ def test_early_exit_equals_running_all_exits_and_choosing(name, criterion):
         single = model.early_exit(images[row : row + 1], policy)
         assert single.exit_index.tolist() == [exit_index[row]]
         torch.testing.assert_close(single.logits[0], logits[row], atol=1e-5, rtol=1e-5)
+
+
+def thresholds_per_image(policy, count=12):
+    """Return the policy's thresholds, those by which all and no images exit, and others, in turn."""
+    kinds = torch.tensor([policy.thresholds, [0.0, 1e9, 1e9], [math.inf] * 3, [1e9, 1e9, 0.0]])
+    return kinds.repeat(count // 4, 1)
+
+
+@pytest.mark.parametrize("criterion", ["confidence", "patience"])
+def test_every_image_may_have_its_own_thresholds(criterion):
+    model, images = create(), unlike_images()
+    exit_logits = all_exits(model, images)
+    policy = spread_policy(exit_logits, criterion)
+    thresholds = thresholds_per_image(policy)
+    output = model.early_exit(images, policy, thresholds)
+    assert output.exit_index[1::4].tolist() == [0] * 3 and output.exit_index[2::4].tolist() == [3] * 3
+    assert output.exit_index[3::4].tolist() == [2] * 3
+    alone = [
+        model.early_exit(images[[row]], replace(policy, thresholds=thresholds[row].clamp(max=1e9).tolist()))
+        for row in range(12)
+    ]
+    assert output.exit_index.tolist() == [int(single.exit_index) for single in alone]
+    torch.testing.assert_close(output.logits, torch.cat([single.logits for single in alone]), atol=1e-5, rtol=1e-5)
+    exit_index, logits = policy.decide(exit_logits, thresholds)
+    assert torch.equal(output.exit_index, exit_index)
+    torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=1e-5)
+    same = model.early_exit(images, policy, torch.tensor(policy.thresholds).expand(12, 3))
+    assert torch.equal(same.logits, model.early_exit(images, policy).logits)
+
+
+def test_thresholds_and_target_cost_contradict_each_other():
+    with pytest.raises(ValueError, match="thresholds and target_cost both decide when images exit. Give one of them."):
+        create().early_exit(unlike_images(), ExitPolicy(thresholds=[0.5] * 3), torch.zeros(12, 3), target_cost=0.5)
+
+
+def test_thresholds_per_image_where_the_batch_cannot_shrink():
+    model, images = parallel_paths(), unlike_images()
+    exit_logits = all_exits(model, images)
+    policy = spread_policy(exit_logits)
+    thresholds = torch.tensor(policy.thresholds) * torch.linspace(0.5, 1.5, 12).unsqueeze(1)
+    with pytest.warns(UserWarning, match="cannot continue with part of a batch"):
+        output = model.early_exit(images, policy, thresholds)
+    assert torch.equal(output.exit_index, policy.decide(exit_logits, thresholds)[0])
+    assert not torch.equal(output.exit_index, policy.decide(exit_logits)[0])
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "words"),
+    [
+        (torch.zeros(12), r"thresholds must be shaped .images, auxiliary exits., .12, 3., but got .12,."),
+        (torch.zeros(12, 4), "but got .12, 4."),
+        (torch.full((12, 3), -1.0), "thresholds must be at least 0, but the least is -1"),
+        (torch.full((12, 3), math.nan), "the least is nan"),
+    ],
+)
+def test_bad_thresholds_of_images(thresholds, words):
+    with pytest.raises(ValueError, match=words):
+        create().early_exit(unlike_images(), ExitPolicy(thresholds=[0.5] * 3), thresholds)
 
 
 def test_rows_keep_the_order_of_the_input():
@@ -409,6 +469,39 @@ def test_in_a_pipeline(tmp_path):
         assert predictions == expected
     keeps.model.config.early_exit = False
     assert {prediction["exit_index"] for prediction in keeps(images[0])} == {3}
+
+
+def test_a_pipeline_takes_policy_and_target_cost_per_call(tmp_path):
+    model = create()
+    frontier = {"costs": [0.25, 0.5, 0.75, 1.0], "thresholds": [[0.0, 2, 2], [2, 0.0, 2], [2.0, 2, 2]]}
+    frontier |= {"exit_counts": [[9, 0, 0, 0], [0, 9, 0, 0], [0, 0, 0, 9]], "correct": [5, 6, 7]}
+    policy = ExitPolicy(thresholds=[2.0, 2.0, 2.0], calibration={"frontier": frontier})
+    model.config.exit_policy, model.config.pretrained_cfg["input_size"] = policy.to_dict(), [3, 32, 32]
+    model.save_pretrained(tmp_path)
+    images = [Image.effect_noise((40, 40), spread).convert("RGB") for spread in (10, 100, 200)]
+    classify = pipeline("image-classification", model=str(tmp_path), pipeline_class=EarlyExitPipeline)
+
+    def exits(**options):
+        return [image[0]["exit_index"] for image in classify(images, top_k=1, **options)]
+
+    third = ExitPolicy(thresholds=[2.0, 2.0, 0.0])
+    assert exits() == [3] * 3  # early exit is not enabled in the checkpoint
+    assert exits(target_cost=0.3) == [0] * 3 and exits(target_cost=0.6) == [1] * 3
+    assert exits(policy=third) == [2] * 3 and exits(policy=third, batch_size=2) == [2] * 3
+    assert exits() == [3] * 3
+    expected = model.early_exit(classify.image_processor(images, return_tensors="pt")["pixel_values"], policy.at(0.6))
+    scores = [image[0]["score"] for image in classify(images, top_k=1, target_cost=0.6)]
+    assert scores == pytest.approx(expected.logits.softmax(dim=1).amax(dim=1).tolist(), abs=1e-5)
+    with pytest.raises(ValueError, match="The policy has no frontier"):
+        exits(policy=third, target_cost=0.6)
+    always = pipeline(
+        "image-classification",
+        model=model,
+        image_processor=classify.image_processor,
+        target_cost=0.3,
+        pipeline_class=EarlyExitPipeline,
+    )
+    assert always(images[0])[0]["exit_index"] == 0 and always(images[0], policy=policy)[0]["exit_index"] == 0
 
 
 def test_evaluation_sees_all_exits(train):

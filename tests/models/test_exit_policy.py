@@ -191,6 +191,49 @@ def test_a_bad_policy_is_refused(fields, words):
     assert words in str(error.value)
 
 
+FRONTIER = {
+    "costs": [0.5, 1.0],
+    "thresholds": [[0.0], [0.7], [2.0]],
+    "exit_counts": [[10, 0], [6, 4], [0, 10]],
+    "correct": [6, 8, 9],
+}
+
+
+def test_a_policy_moves_along_its_frontier():
+    record = {"demand": {"max_risk": 0.1, "delta": 0.05}, "samples": 15, "full_accuracy": 0.9, "frontier": FRONTIER}
+    policy = ExitPolicy(thresholds=[0.8], temperatures=[2.0, 1.0], calibration=record)
+    restored = ExitPolicy.from_dict(json.loads(json.dumps(policy.to_dict())))
+    assert restored.at(0.75) == policy.at(0.75)
+    assert [policy.at(cost).thresholds[0] for cost in (0.5, 0.69, 0.7, 0.99, 1)] == [0.0, 0.0, 0.7, 0.7, 2.0]
+    assert policy.at(0.75).temperatures == (2.0, 1.0)
+    assert policy.at(0.75).calibration == record | {
+        "demand": {"target_cost": 0.75},
+        "samples": 10,
+        "expected_cost": 0.7,
+        "expected_accuracy": 0.8,
+        "exit_counts": [6, 4],
+    }
+
+
+@pytest.mark.parametrize(
+    ("calibration", "target_cost", "words"),
+    [
+        (None, 0.5, "The policy has no frontier: .* Calibrate it again."),
+        ({"demand": {"target_cost": 0.5}}, 0.5, "The policy has no frontier"),  # of an earlier version
+        ({"frontier": FRONTIER}, 0.4, "target_cost=0.4 is below the share 0.5 of the full cost"),
+        ({"frontier": FRONTIER}, 1.5, "ExitPolicy.at needs 0 < target_cost <= 1, but got target_cost=1.5."),
+        ({"frontier": FRONTIER}, "0.5", "needs 0 < target_cost <= 1, but got target_cost='0.5'."),
+        ({"frontier": FRONTIER | {"correct": [6]}}, 0.5, "has a frontier that cannot be read"),
+        ({"frontier": FRONTIER | {"exit_counts": [[0, 0]] * 3}}, 0.5, "has a frontier that cannot be read"),
+        ({"frontier": [1, 2]}, 0.5, "has a frontier that cannot be read"),
+        ({"frontier": FRONTIER | {"thresholds": ["a", "b", "c"]}}, 0.5, "thresholds must be a list of numbers"),
+    ],
+)
+def test_a_frontier_that_does_not_help_is_refused(calibration, target_cost, words):
+    with pytest.raises(ValueError, match=words):
+        ExitPolicy(thresholds=[0.8], calibration=calibration).at(target_cost)
+
+
 def test_a_policy_without_its_keys_is_refused():
     with pytest.raises(ValueError) as error:
         ExitPolicy.from_dict({"thresholds": [0.5]})

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_selfkd import ExitPolicy, get_method
-from hf_selfkd.model_card.facts import Evaluation
+from hf_selfkd.model_card.evaluations import Evaluation
 from hf_selfkd.training.callbacks import CardRecorder, EmaWeights, SaveAfterEpoch, SeedData, ends_epoch
 from hf_selfkd.training.seeded_data import SeededDataset
 from tests.helpers.runs import check_of, losses, same_weights
@@ -141,7 +141,7 @@ def test_load_best_model_at_end(build, train, caplog, ema_decay):
         trainer_kwargs={"ema_decay": ema_decay},
     )
     best = max(entry["eval_exit_0_accuracy"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    assert trainer.card_recorder.evaluation.metrics["eval_exit_0_accuracy"] == best
+    assert trainer.card_recorder.evaluations["eval"].metrics["eval_exit_0_accuracy"] == best
     assert trainer.evaluate()["eval_exit_0_accuracy"] == pytest.approx(best)
     assert "missing keys" not in caplog.text  # of the scaffold, which is in another file
 
@@ -153,35 +153,46 @@ def test_an_evaluation_is_stale_after_a_step(build):
     recorder, args, model = CardRecorder(), TrainingArguments(use_cpu=True), build()
     model.config.exit_policy = ExitPolicy(thresholds=[0.5] * 3).to_dict()
     found = Evaluation(0, 20, {"eval_loss": 1.0})
-    assert recorder.evaluation is None
-    recorder.record(found)
-    assert recorder.evaluation is found
+    assert recorder.evaluations == {}
+    recorder.record("test", found)  # without a loss under this prefix: nothing was labelled
+    assert recorder.evaluations == {}
+    recorder.record("eval", found)
+    assert recorder.evaluations == {"eval": found}
     recorder.on_train_begin(args, at_step(), TrainerControl(), model)
-    assert recorder.evaluation is None
+    assert recorder.evaluations == {}
     assert recorder.policy_before_training == model.config.exit_policy
-    recorder.record(found)
+    recorder.record("eval", found)
     recorder.on_step_end(args, at_step(), TrainerControl())
-    assert recorder.evaluation is None
+    assert recorder.evaluations == {}
+    other = Evaluation(0, 20, {"test_loss": 1.0})
+    recorder.record("test", other)
+    assert recorder.evaluations == {"test": other}  # the other one is of earlier weights
 
 
 def test_the_evaluation_of_the_best_checkpoint_is_recorded():
     recorder, args = CardRecorder(), TrainingArguments(use_cpu=True)
     args.load_best_model_at_end = True
-    log = [{"step": 2, "eval_loss": 1.0, "loss": 3.0}, {"step": 4, "eval_loss": 2.0}]
+    log = [{"step": 2, "eval_loss": 1.0, "loss": 3.0}, {"step": 2, "eval_b_loss": 5.0}, {"step": 4, "eval_loss": 2.0}]
     state = at_step(log_history=log, best_global_step=2, best_model_checkpoint="run/checkpoint-2", global_step=5)
     recorder.on_train_end(args, state, TrainerControl())
-    assert recorder.evaluation is None  # nothing was evaluated in this run
-    recorder.record(Evaluation(4, 20, {"eval_loss": 2.0}))
+    assert recorder.evaluations == {}  # nothing was evaluated in this run
+    recorder.record("eval", Evaluation(2, 20, {"eval_loss": 1.0}, "of step 2"))
+    recorder.on_step_end(args, state, TrainerControl())
+    recorder.record("eval", Evaluation(4, 20, {"eval_loss": 2.0}, "of step 4"))
+    recorder.record("eval_b", Evaluation(4, 30, {"eval_b_loss": 6.0}))
     recorder.on_step_end(args, state, TrainerControl())
     recorder.on_train_end(args, state, TrainerControl())
-    assert recorder.evaluation == Evaluation(5, 20, {"eval_loss": 1.0})
+    assert recorder.evaluations == {
+        "eval": Evaluation(5, 20, {"eval_loss": 1.0}, "of step 2"),
+        "eval_b": Evaluation(5, 30, {"eval_b_loss": 5.0}),
+    }
 
 
 def test_the_trainer_records_its_evaluations(build, images, train):
     trainer = train(build(), max_steps=2, eval_strategy="steps", eval_steps=2)
-    assert trainer.card_recorder.evaluation.step == 2
+    assert trainer.card_recorder.evaluations["eval"].step == 2
     trainer.predict(images[:7])
-    evaluation = trainer.card_recorder.evaluation
+    evaluation = trainer.card_recorder.evaluations["eval"]
     assert (evaluation.num_images, math.isfinite(evaluation.metrics["eval_loss"])) == (20, True)
     trainer.evaluate(images[:7])
-    assert trainer.card_recorder.evaluation.num_images == 7
+    assert trainer.card_recorder.evaluations["eval"].num_images == 7

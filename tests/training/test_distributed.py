@@ -42,6 +42,7 @@ def train(case, folder, *, processes, mix=None, ema_decay=None, batch_norm=False
         eval_dataset=samples(name, 19),  # no multiple of any batch
         mix=mix,
         ema_decay=ema_decay,
+        card={"per_class": True},
     )
     assert trainer.args.world_size == processes
     if not batch_norm:
@@ -64,6 +65,7 @@ def record(trainer):
     metrics = trainer.evaluate()
     return {
         "weights": trained_state(trainer),
+        "confusion": torch.from_numpy(trainer.card_recorder.evaluations["eval"].confusion),
         "logs": [{name: value for name, value in entry.items() if name.startswith("loss")} for entry in logs],
         "metrics": {
             name: value
@@ -87,11 +89,13 @@ def check_cases(found, others, folder):
             assert found[case]["weights"].keys() == weights.keys()
             assert all(torch.equal(tensor, weights[name]) for name, tensor in found[case]["weights"].items())
             assert found[case]["metrics"] == pytest.approx(other[case]["metrics"])
+            assert torch.equal(found[case]["confusion"], other[case]["confusion"])
         expected = record(train(case, folder / "alone", processes=1))
         assert len(expected["logs"]) == 4
         for logs, entry in zip(found[case]["logs"], expected["logs"], strict=True):
             assert logs == pytest.approx(entry, rel=1e-4, abs=1e-6), case
         assert found[case]["metrics"] == pytest.approx(expected["metrics"], rel=1e-4, abs=1e-6), case
+        assert torch.equal(found[case]["confusion"].sum(dim=-1), expected["confusion"].sum(dim=-1)), case  # labels
         differences[case] = max(
             (tensor.double() - expected["weights"][name].double()).abs().max().item()
             for name, tensor in found[case]["weights"].items()
