@@ -55,11 +55,7 @@ def template_values(
         "exits": exits,
         "is_evaluated": task.metric_titles[task.metric] in exits[0],
         "own_metrics": own_metrics(model, facts.metrics),
-        "results": [
-            result
-            | {"exits": exit_rows(model, result["metrics"]), "own_metrics": own_metrics(model, result["metrics"])}
-            for result in facts.results
-        ],
+        "results": [result | _tables(model, result["metrics"]) for result in facts.results],
         "num_parameters": None if counts else num_inference_parameters(model),
         "precision": next((name for name in ("bf16", "fp16") if facts.recipe.get(name)), None),
         "picture": picture,
@@ -86,6 +82,10 @@ def example(model: PreTrainedModel, repository: str) -> str:
         return task.example.format(repository=repository)
     sizes = {"channels": channels, "height": height, "width": width}
     return TENSOR_EXAMPLE.format(repository=repository, auto_class=task.auto_class, **sizes)
+
+
+def _tables(model: PreTrainedModel, metrics: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
+    return {"exits": exit_rows(model, metrics), "own_metrics": own_metrics(model, metrics)}
 
 
 def own_metrics(model: PreTrainedModel, metrics: dict[str, float]) -> list[dict[str, Any]]:
