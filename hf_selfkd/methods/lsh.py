@@ -4,26 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..functional import (
-    add,
-    cross_entropy,
-    hash_loss,
-    hash_projection,
-    is_correct,
-    masked_mean,
-    median_bias,
-    squared_error,
-)
+from ..functional import add, cross_entropy, hash_loss, is_correct, masked_mean, squared_error
 from ..models.outputs import MultiExitOutput
 from .base import Method, check_range, missing_scaffold
-from .teacher import Teacher, final_layers
-
-# Hashes per element of a feature, on CIFAR.
-HASHES_PER_FEATURE = 32
+from .hash_layer import HashLayer, build_hash_layer
+from .teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,41 +70,18 @@ class LSH(Method):
         """Two without a teacher: an auxiliary exit mimics the final one."""
         return 1 if self.teacher is not None else 2
 
-    def scaffold(self, model: nn.Module) -> "HashLayer":
+    def scaffold(self, model: nn.Module) -> HashLayer:
         """Return the hash layer, which holds the teacher if there is one."""
-        width = model.anatomy.width
-        teacher = None
-        if self.teacher is not None:
-            teacher = Teacher(self.teacher, model, with_features=True)
-            if teacher.num_features != width:
-                raise ValueError(
-                    f"LSH mimics the teacher's features, which have width {teacher.num_features}, but the model's "
-                    f"have width {width}. Build the model with exit_width={teacher.num_features}."
-                )
-        std = self.hash_std
-        if std is None:
-            layers = final_layers(model if teacher is None else teacher.network)
-            weights = [layer.weight.detach().float().flatten() for layer in layers]
-            std = torch.cat(weights).std().item() if weights else 0.0
-        if not std > 0:
-            raise ValueError(
-                "LSH scales its planes by the standard deviation of the classifier's weights, but these are all equal "
-                "or missing. Start from trained weights, or set hash_std, such as 0.03."
-            )
-        return HashLayer(self.num_hashes or HASHES_PER_FEATURE * width, width, std, teacher).to(model.device)
+        teacher = None if self.teacher is None else Teacher(self.teacher, model, with_features=True)
+        return build_hash_layer(model, teacher, self.num_hashes, self.hash_std)
 
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
         """With ``bias="median"``, set the biases from the training batches of all processes.
 
         Each process needs memory for the features of all training images.
         """
-        if self.teacher is None or self.bias == "zero":
-            return
-        layer = model.scaffold
-        features = [
-            layer.teacher.predict(batch["pixel_values"])["teacher_features"].float().cpu() for batch in batches
-        ]
-        layer.bias.copy_(median_bias(_gather(features).to(layer.weight.device), layer.weight))
+        if self.teacher is not None and self.bias != "zero":
+            model.scaffold.fit_bias(batches)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
         """Return ``label``, ``feature`` (mean squared error) and ``hash`` (binary cross-entropy of the hash bits).
@@ -141,51 +105,3 @@ class LSH(Method):
             "feature": self.mimic_weight * masked_mean(add(errors), mask),
             "hash": self.mimic_weight * masked_mean(add(bits), mask),
         }
-
-
-class HashLayer(nn.Module):
-    """Random planes in the space of features, fixed and equal on all processes, and the frozen teacher.
-
-    Args:
-        num_hashes: Number of planes.
-        width: Width of the features.
-        std: Standard deviation of the planes' normals.
-        teacher: The teacher whose features are mimicked, ``None`` for the final exit.
-    """
-
-    def __init__(self, num_hashes: int, width: int, std: float, teacher: Teacher | None):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)  # the same planes on every process and in every run
-        self.register_buffer("weight", std * torch.randn(num_hashes, width, generator=generator))
-        self.register_buffer("bias", torch.zeros(num_hashes))
-        self.teacher = teacher
-
-    def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, Tensor | tuple[Tensor, ...]]:
-        """Project the features of teacher and students.
-
-        Returns:
-            ``teacher_projection`` ``(batch, hashes)`` and ``student_projections``, one such tensor per exit that
-            mimics it, first to last; with a frozen teacher also ``teacher_logits`` and ``teacher_features``.
-        """
-        if self.teacher is None:
-            *students, features = output.exit_features
-            predicted = {}
-        else:
-            students = output.exit_features[-1:]
-            predicted = self.teacher(pixel_values, output)
-            features = predicted["teacher_features"]
-        return predicted | {
-            "teacher_projection": hash_projection(features.detach(), self.weight, self.bias),
-            "student_projections": tuple(hash_projection(student, self.weight, self.bias) for student in students),
-        }
-
-
-def _gather(batches: list[Tensor]) -> Tensor:
-    """Concatenate the batches ``(samples, width)`` of all processes on the CPU; their numbers may differ."""
-    if dist.is_available() and dist.is_initialized():
-        gathered: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, batches)
-        batches = [batch for process in gathered for batch in process]
-    if not batches:
-        raise ValueError("LSH got no training batches to compute medians from. Pass training data, or bias='zero'.")
-    return torch.cat(batches)
