@@ -70,6 +70,17 @@ def eed(out, labels, epoch):
     return total
 
 
+def dks(out, labels, epoch):
+    """DKS, the authors' loop over ordered pairs of exits."""
+    total = 0
+    for logits in out.logits:
+        total = total + F.cross_entropy(logits, labels)
+        for other in out.logits:
+            if other is not logits:
+                total = total + divergence(logits, other, 1)
+    return total
+
+
 def frskd(out, labels, epoch):
     """FRSKD, the authors' command line for CIFAR-100."""
     maps = out.scaffold.pyramid(out.maps)
@@ -116,7 +127,7 @@ def okd_mde(out, labels, epoch):
     return total + detached_exits(out, labels)
 
 
-LOSSES = {loss.__name__: loss for loss in (none, deep_supervision, byot, eed, frskd, lsh, okd_mde)}
+LOSSES = {loss.__name__: loss for loss in (none, deep_supervision, byot, eed, dks, frskd, lsh, okd_mde)}
 
 
 def train(model: nn.Module, method: str, batches, optimizer: torch.optim.Optimizer, epochs, bf16: bool = False):

@@ -13,6 +13,7 @@ CASES = {
     "deep_supervision": ("test_vit", {}),
     "byot": ("test_vit", {}),
     "eed": ("test_vit", {}),
+    "dks": ("test_vit", {}),
     "frskd": ("test_vit", {}),
     "lsh": ("test_vit", {"num_hashes": 64}),
     "lsh with a teacher": ("test_vit", {"num_hashes": 64, "teacher": "test_vit"}),
