@@ -50,6 +50,20 @@ def soften_kl(
     return temperature**2 * (divergence.mean() if mask is None else pixel_mean(divergence, mask))
 
 
+def soft_cross_entropy(logits: Tensor | Sequence[Tensor], probabilities: Tensor) -> Tensor:
+    """Cross-entropy ``-sum_c p_c log softmax(z)_c`` per sample, in float32, the probabilities detached.
+
+    Args:
+        logits: ``(batch, classes)``, or a sequence of such tensors, whose losses are summed.
+        probabilities: ``(batch, classes)``.
+
+    Returns:
+        ``(batch,)``.
+    """
+    target = probabilities.detach().float()
+    return add(-(target * F.log_softmax(each.float(), dim=1)).sum(dim=1) for each in as_sequence(logits))
+
+
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over all elements, in float32, the teacher detached. Returns a scalar."""
     return F.mse_loss(student.float(), teacher.detach().float())

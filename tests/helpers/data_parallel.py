@@ -14,6 +14,7 @@ CASES = {
     "byot": ("test_vit", {}),
     "eed": ("test_vit", {}),
     "dks": ("test_vit", {}),
+    "ps_kd": ("test_vit", {"ramp_epochs": 2}),
     "frskd": ("test_vit", {}),
     "lsh": ("test_vit", {"num_hashes": 64}),
     "lsh with a teacher": ("test_vit", {"num_hashes": 64, "teacher": "test_vit"}),
