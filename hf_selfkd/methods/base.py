@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import cross_entropy
 from ..models.outputs import MultiExitOutput
+from .averaged_teacher import averaged_teachers
 
 _METHODS: dict[str, type["Method"]] = {}
 
@@ -80,8 +81,17 @@ class Method:
         """Initialise the scaffold from the training data, once before the first step of a new run.
 
         Called in eval mode and without gradients; ``batches`` are this process's training batches and can be iterated
-        more than once. The result must be equal on all processes.
+        more than once. The result must be equal on all processes. The default is that averaged teachers start from the
+        weights of the model.
         """
+        for teacher in averaged_teachers(model.scaffold):
+            teacher.start(model)
+
+    def after_step(self, model: nn.Module) -> None:
+        """Update the scaffold after a step of the optimizer: averaged teachers follow the weights of the model."""
+        model = multi_exit_model(model)
+        for teacher in averaged_teachers(model.scaffold):
+            teacher.follow(model)
 
     def remember(self, output: MultiExitOutput) -> None:
         """Keep in the scaffold what later epochs need of an output; called after its terms are computed."""
@@ -102,6 +112,7 @@ class Method:
         """
         model = multi_exit_model(model)
         self.check(model)
+        model.scaffold = None  # that of an earlier run, which a copy of the model would hold
         model.scaffold = self.scaffold(model)
         self.allocate(model.scaffold, num_images or 0)
         model.detach_exits = self.detaches_exits(model.scaffold)

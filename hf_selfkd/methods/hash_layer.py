@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import hash_projection, median_bias
 from ..models.outputs import MultiExitOutput
+from .averaged_teacher import AveragedTeacher
 from .teacher import Teacher, final_layers
 
 # Hashes per element of a feature, on CIFAR.
@@ -24,7 +25,7 @@ class HashLayer(nn.Module):
         teacher: The teacher whose features are mimicked, ``None`` for the final exit.
     """
 
-    def __init__(self, num_hashes: int, width: int, std: float, teacher: Teacher | None):
+    def __init__(self, num_hashes: int, width: int, std: float, teacher: Teacher | AveragedTeacher | None):
         super().__init__()
         generator = torch.Generator().manual_seed(0)  # the same planes on every process and in every run
         self.register_buffer("weight", std * torch.randn(num_hashes, width, generator=generator))
@@ -36,15 +37,13 @@ class HashLayer(nn.Module):
 
         Returns:
             ``teacher_projection`` ``(batch, hashes)`` and ``student_projections``, one such tensor per exit that
-            mimics it, first to last; with a frozen teacher also ``teacher_logits`` and ``teacher_features``.
+            mimics it, first to last; with a teacher also ``teacher_logits`` and ``teacher_features``.
         """
-        if self.teacher is None:
-            *students, features = output.exit_features
-            predicted = {}
-        else:
+        *students, features = output.exit_features
+        if isinstance(self.teacher, Teacher):
             students = output.exit_features[-1:]
-            predicted = self.teacher(pixel_values, output)
-            features = predicted["teacher_features"]
+        predicted = {} if self.teacher is None else self.teacher(pixel_values, output)
+        features = predicted.get("teacher_features", features)
         return predicted | {
             "teacher_projection": hash_projection(features.detach(), self.weight, self.bias),
             "student_projections": tuple(hash_projection(student, self.weight, self.bias) for student in students),
@@ -58,7 +57,7 @@ class HashLayer(nn.Module):
 
 
 def build_hash_layer(
-    model: nn.Module, teacher: Teacher | None, num_hashes: int | None, std: float | None
+    model: nn.Module, teacher: Teacher | AveragedTeacher | None, num_hashes: int | None, std: float | None
 ) -> HashLayer:
     """Build the hash layer for a multi-exit model.
 
@@ -74,13 +73,13 @@ def build_hash_layer(
             classifier's weights are all equal.
     """
     width = model.anatomy.width
-    if teacher is not None and teacher.num_features != width:
+    if isinstance(teacher, Teacher) and teacher.num_features != width:
         raise ValueError(
             f"LSH mimics the teacher's features, which have width {teacher.num_features}, but the model's "
             f"have width {width}. Build the model with exit_width={teacher.num_features}."
         )
     if std is None:
-        std = _classifier_std(model if teacher is None else teacher.network)
+        std = _classifier_std(teacher.network if isinstance(teacher, Teacher) else model)
     return HashLayer(num_hashes or HASHES_PER_FEATURE * width, width, std, teacher).to(model.device)
 
 

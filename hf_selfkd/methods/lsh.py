@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import add, cross_entropy, hash_loss, is_correct, masked_mean, squared_error
 from ..models.outputs import MultiExitOutput
+from .averaged_teacher import FINAL, AveragedTeacher, check_teacher_decay
 from .base import Method, check_range, missing_scaffold
 from .hash_layer import HashLayer, build_hash_layer
 from .teacher import Teacher
@@ -24,7 +25,8 @@ class LSH(Method):
     Args:
         teacher: A timm model, multi-exit model or transformers image classifier with one linear classifier, or the
             name of one: a folder, a Hub repository, or a timm name, whose weights are downloaded. It is frozen, gets
-            the same images as the student, and is not saved with it. ``None`` for the final exit.
+            the same images as the student, and is not saved with it. ``None`` for the final exit, ``"ema"`` for the
+            final exit of the network's moving average, whose place it takes.
         mimic_weight: Weight of both mimicking terms, the paper's beta, at least 0: 6 on CIFAR, 5 on ImageNet.
         num_hashes: Number of planes; ``None`` is 32 times the width of the features, as on CIFAR; on ImageNet 2048.
         hash_std: Standard deviation of the planes' normals, above 0; ``None`` is that of the weights of the teacher's
@@ -34,6 +36,7 @@ class LSH(Method):
             teacher and ``"zero"`` without one, where medians are not possible: the features change in training.
         correct_only: Whether to mimic only images that the teacher predicts correctly, as in the authors' code for
             single labels. For probabilities, the label is the most probable class.
+        teacher_decay: Share of the moving average that remains at each step, in [0, 1); ``None`` is 0.999.
     """
 
     name: ClassVar[str] = "lsh"
@@ -45,6 +48,7 @@ class LSH(Method):
     hash_std: float | None = None
     bias: str | None = None
     correct_only: bool = True
+    teacher_decay: float | None = None
 
     def __post_init__(self):
         check_range(self, "mimic_weight", 0)
@@ -54,25 +58,35 @@ class LSH(Method):
             check_range(self, "hash_std", 0, strict=True)
         if self.bias not in (None, "median", "zero"):
             raise ValueError(f"LSH needs bias 'median' or 'zero', but got bias={self.bias!r}.")
-        if self.bias == "median" and self.teacher is None:
+        if self.bias == "median" and not self.has_frozen_teacher:
             raise ValueError(
                 "LSH needs a teacher for bias='median', because the features of the final exit change in training. "
-                "Pass a teacher, or bias='zero'."
+                "Pass a frozen teacher, or bias='zero'."
             )
+        check_teacher_decay("LSH", self.teacher, self.teacher_decay)
+
+    @property
+    def has_frozen_teacher(self) -> bool:
+        """Whether another network is the teacher, and not the final exit or its moving average."""
+        return self.teacher is not None and self.teacher != FINAL
 
     @property
     def detach_exits(self) -> bool:
-        """True with a teacher, because the paper has no exits."""
-        return self.teacher is not None
+        """True with a frozen teacher, because the paper has no exits."""
+        return self.has_frozen_teacher
 
     @property
     def min_exits(self) -> int:
-        """Two without a teacher: an auxiliary exit mimics the final one."""
-        return 1 if self.teacher is not None else 2
+        """Two without a frozen teacher: an auxiliary exit mimics the final one."""
+        return 1 if self.has_frozen_teacher else 2
 
     def scaffold(self, model: nn.Module) -> HashLayer:
         """Return the hash layer, which holds the teacher if there is one."""
-        teacher = None if self.teacher is None else Teacher(self.teacher, model, with_features=True)
+        teacher = None
+        if self.teacher == FINAL:
+            teacher = AveragedTeacher(model, self.teacher_decay)
+        elif self.teacher is not None:
+            teacher = Teacher(self.teacher, model, with_features=True)
         return build_hash_layer(model, teacher, self.num_hashes, self.hash_std)
 
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
@@ -80,7 +94,8 @@ class LSH(Method):
 
         Each process needs memory for the features of all training images.
         """
-        if self.teacher is not None and self.bias != "zero":
+        super().prepare(model, batches)
+        if self.has_frozen_teacher and self.bias != "zero":
             model.scaffold.fit_bias(batches)
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
@@ -90,11 +105,11 @@ class LSH(Method):
         """
         if output.scaffold is None:
             raise missing_scaffold(self, "its hash layer")
-        if self.teacher is None:
-            students, label_logits = output.exit_features[:-1], output.exit_logits
-            teacher_features, teacher_logits = output.exit_features[-1], output.exit_logits[-1]
-        else:
+        students, label_logits = output.exit_features[:-1], output.exit_logits
+        if self.has_frozen_teacher:
             students, label_logits = output.exit_features[-1:], output.exit_logits[-1:]
+        teacher_features, teacher_logits = output.exit_features[-1], output.exit_logits[-1]
+        if self.teacher is not None:
             teacher_features, teacher_logits = output.scaffold["teacher_features"], output.scaffold["teacher_logits"]
         mask = is_correct(teacher_logits, labels) if self.correct_only else None
         errors = [squared_error(features, teacher_features) for features in students]

@@ -53,7 +53,7 @@ class PSKD(Method):
         model.scaffold.table.zero_()
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label`` and ``logit``, the two parts of equation 5, each summed over all exits.
+        """Return ``label`` and ``logit``, the parts of the two targets, each summed over all exits.
 
         In an image's first epoch its label takes the place of the prediction, as in the authors' code. Images without
         a label have no part in either.
