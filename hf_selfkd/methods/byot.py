@@ -16,7 +16,7 @@ class BYOT(Method):
     """Be Your Own Teacher (Zhang et al., ICCV 2019): https://arxiv.org/abs/1905.08094.
 
     Args:
-        alpha: Share of each auxiliary exit's logit loss that comes from the final exit, in [0, 1].
+        alpha: Share of each auxiliary exit's logit loss that comes from the teacher, in [0, 1].
         temperature: Softens both sets of logits, above 0. Its square multiplies the divergence, as in the best public
             reproduction; the authors' journal code omits it.
         hint_weight: Weight of the feature hint, at least 0. The paper sums squared errors; we average them, so that
