@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 PADDING = 4  # of the random crop, in pixels
-METHODS = ("none", "deep_supervision", "byot", "eed", "lsh", "okd_mde", "frskd", "dks")
+METHODS = ("none", "deep_supervision", "byot", "eed", "lsh", "okd_mde", "frskd", "dks", "ps_kd", "uskd")
 CONTROLS = ("label_smoothing", "mixup", "cutmix")
 
 
@@ -217,11 +217,14 @@ def configure(name: str, epochs: int) -> tuple[Method, float, Callable | None]:
     parts = name.split("+")
     controls = [part for part in parts if part in CONTROLS]
     [method] = [part for part in parts if part not in CONTROLS] or ["none"]
-    # the family's ramp takes 80 of 300 epochs
-    hyper_parameters = {"ramp_epochs": epochs * 80 / 300} if method == "okd_mde" else {}
+    hyper_parameters = {
+        "okd_mde": {"ramp_epochs": epochs * 80 / 300},  # as in its family
+        "ps_kd": {"ramp_epochs": epochs},
+        "uskd": {"target_weight": 0.1, "weak_weight": 0.1},  # the authors' for CIFAR-100
+    }
     mixes = {"mixup": v2.MixUp(alpha=1.0, num_classes=10), "cutmix": v2.CutMix(alpha=1.0, num_classes=10)}
     mix = next((mixes[control] for control in controls if control in mixes), None)
-    return get_method(method, **hyper_parameters), 0.1 * ("label_smoothing" in controls), mix
+    return get_method(method, **hyper_parameters.get(method, {})), 0.1 * ("label_smoothing" in controls), mix
 
 
 def build_model(protocol: Protocol) -> MultiExitForImageClassification:

@@ -18,6 +18,7 @@ from .models.loss import counted_over_processes as counted_over_processes
 from .models.loss import cross_entropy as cross_entropy
 from .models.loss import label_loss as label_loss
 from .models.loss import resize_logits as resize_logits
+from .models.loss import shared_mean as shared_mean
 from .models.loss import weighted_cross_entropy as weighted_cross_entropy
 
 
@@ -50,6 +51,51 @@ def soften_kl(
         for student in as_sequence(student_logits)
     )
     return temperature**2 * (divergence.mean() if mask is None else pixel_mean(divergence, mask))
+
+
+def soft_cross_entropy(logits: Tensor | Sequence[Tensor], probabilities: Tensor) -> Tensor:
+    """Cross-entropy ``-sum_c p_c log softmax(z)_c`` per sample, in float32, the probabilities detached.
+
+    Args:
+        logits: ``(batch, classes)``, or a sequence of such tensors, whose losses are summed.
+        probabilities: ``(batch, classes)``.
+
+    Returns:
+        ``(batch,)``.
+    """
+    target = probabilities.detach().float()
+    return add(-(target * F.log_softmax(each.float(), dim=1)).sum(dim=1) for each in as_sequence(logits))
+
+
+def target_classes(probabilities: Tensor) -> Tensor:
+    """Return which classes are those of the label: the most probable one, for mixed labels the two most probable.
+
+    A class that is no more probable than the least probable one is not: the rest of a smoothed label, and all classes
+    of an image without a label.
+
+    Args:
+        probabilities: ``(batch, classes)``.
+
+    Returns:
+        ``(batch, classes)``, booleans.
+    """
+    top = torch.zeros_like(probabilities, dtype=torch.bool)
+    top.scatter_(1, probabilities.topk(min(2, probabilities.shape[1]), dim=1).indices, True)
+    return top & (probabilities > probabilities.amin(dim=1, keepdim=True))
+
+
+def non_target_log_softmax(logits: Tensor, is_target: Tensor) -> Tensor:
+    """Logarithm of ``p / (1 - p_t)``, in float32: for all classes but the targets their log-softmax among themselves.
+
+    Args:
+        logits: ``(batch, classes)``.
+        is_target: ``(batch, classes)``, see :func:`target_classes`.
+
+    Returns:
+        ``(batch, classes)``.
+    """
+    logits = logits.float()
+    return logits - logits.masked_fill(is_target, -torch.inf).logsumexp(dim=1, keepdim=True)
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:

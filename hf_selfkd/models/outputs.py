@@ -27,6 +27,8 @@ class MultiExitOutput(ModelOutput):
         stage_outputs: Raw outputs of the stages, in the backbone's own layout and with prefix tokens, of which
             ``exit_maps`` are views; given together with these, for classification only.
         scaffold: Outputs of ``model.scaffold``, the modules used only in training.
+        sample_indices: Indices of the images in the training data, ``(batch,)``; set by the training loop, for methods
+            that keep something for each image.
     """
 
     loss: Tensor | None = None
@@ -36,6 +38,7 @@ class MultiExitOutput(ModelOutput):
     exit_maps: tuple[Tensor, ...] | None = None
     stage_outputs: tuple | None = None
     scaffold: dict | None = None
+    sample_indices: Tensor | None = None
 
     # transformers' pipelines split a batch by the items of its output. They index a tuple by the image, and a nested
     # output tensor by tensor, which is right for exits. All else, pytrees included, sees the tuples.

@@ -18,6 +18,7 @@ from ..models.checkpoint_files import shorten
 from ..models.rebuild import check_rebuilds
 from ..tasks import task_of
 from .adapters import is_adapted, warn_of_frozen_heads
+from .batches import is_indexed
 from .hub import HiddenToken
 from .refused_arguments import check_refused
 
@@ -91,11 +92,21 @@ def attach_method(
     *,
     has_mix: bool,
     per_class: bool = False,
+    data: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Attach a method to a model, with a scaffold that is equal on all processes.
 
     A scaffold that the method has attached before stays where an optimizer is given, which holds its parameters.
+
+    Args:
+        method: The method.
+        model: A multi-exit model, or a module that wraps one.
+        args: Settings of the run.
+        has_mix: Whether images are mixed.
+        per_class: Whether the card has results per class.
+        data: The training data, ``None`` if there is none.
+        optimizer: The user's own, ``None`` if the trainer builds it.
 
     Raises:
         ValueError: If the model cannot be trained with the method or these settings, or the optimizer lacks
@@ -116,9 +127,11 @@ def attach_method(
     warn_of_frozen_heads(model)
     if args.save_strategy != SaveStrategy.NO and not is_adapted(network):
         check_rebuilds(network, network.state_dict())
+    if method.reads_indices:
+        check_indexed(method, data, has_mix=has_mix)
     if optimizer is None or getattr(network.scaffold, "attached_by", None) != method:
         torch.manual_seed(args.seed)
-        method.attach(network)
+        method.attach(network, len(data) if is_indexed(data) else None)
     network.add_model_tags(method.name.split("+"))
     if optimizer is not None:
         _check_optimizer(optimizer, model)
@@ -131,6 +144,18 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
         raise ValueError(
             f"The optimizer lacks parameters that train: {shorten(missing)}. Call method.attach(model) before "
             "building it from model.parameters(), and requires_grad_(False) on what is not to train."
+        )
+
+
+def check_indexed(method: Method, data: Any, *, has_mix: bool) -> None:
+    """Raise ValueError if training images cannot be identified by their indices, which the method needs."""
+    needs = f"Method '{method.name}' keeps something for each training image, "
+    if has_mix:
+        raise ValueError(f"{needs}but mix makes one image of two. Do not set it.")
+    if data is not None and not is_indexed(data):
+        raise ValueError(
+            f"{needs}but {type(data).__name__} has no index. Train on data that is indexed from 0 and has a "
+            "length; streams are not."
         )
 
 

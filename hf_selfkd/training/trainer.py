@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -122,6 +123,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         settings.check_settings(args, card or {}, max_skipped_batches, has_milestones=bool(lr_milestones))
         self.lr_milestones, self.lr_gamma, self.decay_norms = tuple(lr_milestones), lr_gamma, decay_norms
         self.mix, self.card, self.predict_all_exits = mix, card or {}, predict_all_exits
+        self.train_dataset = kwargs.get("train_dataset")
         optimizers = (*(kwargs.get("optimizers") or (None, None)), kwargs.get("optimizer_cls_and_kwargs"))
         settings.check_optimizers(optimizers, has_milestones=bool(lr_milestones), decay_norms=decay_norms)
         self.has_own_optimizer = any(part is not None for part in optimizers)
@@ -170,7 +172,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
 
     def _attach_method(self, model: nn.Module, args: TrainingArguments, optimizer=None) -> None:
         has = {"has_mix": self.mix is not None, "per_class": bool(self.card.get("per_class"))}
-        settings.attach_method(self.method, model, args, optimizer=optimizer, **has)
+        settings.attach_method(self.method, model, args, data=self.train_dataset, optimizer=optimizer, **has)
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train as ``Trainer`` does, and listen to SIGTERM if that is switched on."""
@@ -202,7 +204,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
 
     def _training_loss(self, model: nn.Module, images: Tensor, labels: Tensor):
         images, labels = recipe.mixed(self, images, labels)
-        output = model(images, return_dict=True)
+        output = replace(model(images, return_dict=True), sample_indices=self._indices)
         with counted_over_processes(), label_loss(self.label_loss) as losses:
             terms = self.method.terms(output, labels, self.state.epoch or 0.0)
         if self.label_loss is not None and not losses:
@@ -211,6 +213,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
                 f"{name} has no effect on {type(self.method).__name__}, which does not take its label loss from "
                 f"hf_selfkd.functional.cross_entropy. Call that in the method, or leave {name} out."
             )
+        self.method.remember(output)
         loss = add(terms.values())
         named = {f"loss/{name}": term for name, term in terms.items()}
         self.sums.add(named | self.method.metrics(output), 1 / self.current_gradient_accumulation_steps)

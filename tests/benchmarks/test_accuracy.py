@@ -83,6 +83,7 @@ def test_a_configuration_is_a_method_a_control_or_both(accuracy):
     assert (method.name, label_smoothing, type(mix).__name__) == ("byot", 0.0, "CutMix")
     method, label_smoothing, mix = accuracy.configure("okd_mde", epochs=30)
     assert (method.ramp_epochs, label_smoothing, mix) == (8.0, 0.0, None)
+    assert accuracy.configure("ps_kd", epochs=30)[0].ramp_epochs == 30
     assert type(accuracy.configure("mixup", epochs=30)[2]).__name__ == "MixUp"
 
 
