@@ -145,15 +145,8 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
-        others = (
-            self.label_checks,
-            self.balance,
-            self.average,
-            self.restore,
-            self.card_recorder,
-            hub.ReportPushes(self),
-        )
-        for callback in filter(None, (*steps, *others)):
+        others = (self.average, self.restore, self.card_recorder, hub.ReportPushes(self))
+        for callback in filter(None, (self.label_checks, self.balance, *steps, *others)):
             self.add_callback(callback)
 
     @property
