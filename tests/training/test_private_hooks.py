@@ -31,6 +31,7 @@ PARAMETERS = {
 # Public, but not documented as hooks.
 PUBLIC = {
     "set_initial_training_values": ["self", "args", "dataloader"],
+    "create_optimizer": ["self", "model"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
     "save_model": ["self", "output_dir", "_internal_call"],
     "log": ["self", "logs", "start_time"],
