@@ -463,3 +463,17 @@ def test_the_recipes_of_the_docs_are_options(name, options):
     model, _, args = train_cifar.parse([*shlex.split(options), "--output_dir", "unused", "--use_cpu", "true"])
     assert model.method == name.lower().replace("-", "_")
     assert max(model.lr_milestones) < args.num_train_epochs
+
+
+PHOTOGRAPHS = (Path(__file__).parents[2] / "docs" / "photographs.md").read_text()
+FAMILIES = re.findall(r"^\| [\w ,-]+ \| `(--backbone .*?)` \|", PHOTOGRAPHS, flags=re.MULTILINE)
+
+
+def test_families_are_found():
+    assert len(FAMILIES) >= 5
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+def test_the_recipes_by_family_build_networks_for_their_size(options):
+    model, images, _ = parse("--recipe", "photos", *shlex.split(options))
+    train_cifar.check_image_size(model, images)
