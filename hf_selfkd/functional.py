@@ -17,6 +17,7 @@ from .models.loss import as_sequence, count_selected, pixel_mean
 from .models.loss import counted_over_processes as counted_over_processes
 from .models.loss import cross_entropy as cross_entropy
 from .models.loss import resize_logits as resize_logits
+from .models.multi_label import binary_cross_entropy as binary_cross_entropy
 
 
 def soften_kl(
@@ -48,6 +49,32 @@ def soften_kl(
         for student in as_sequence(student_logits)
     )
     return temperature**2 * (divergence.mean() if mask is None else pixel_mean(divergence, mask))
+
+
+def binary_kl(student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor, temperature: float) -> Tensor:
+    """:func:`soften_kl` of multi-label models: between the two outcomes of every class, a mean over classes.
+
+    ``T^2 * mean_bc [p_t log(p_t / p_s) + (1 - p_t) log((1 - p_t) / (1 - p_s))]`` with ``p = sigmoid(logits / T)``:
+    the multi-label logits distillation of Yang et al. (ICCV 2023, https://arxiv.org/abs/2308.06453), softened as by
+    Hinton et al. A mean over classes, as :func:`binary_cross_entropy` is, so that the weights of the two keep their
+    meaning. The teacher is detached.
+
+    Args:
+        student_logits: ``(batch, classes)``, or a sequence of such tensors, whose divergences are summed.
+        teacher_logits: ``(batch, classes)``.
+        temperature: Divides both logits, above 0.
+
+    Returns:
+        A scalar, 0 if both agree.
+    """
+    target = teacher_logits.detach().float() / temperature
+    present, absent = F.logsigmoid(target), F.logsigmoid(-target)
+    divergences = []
+    for logits in as_sequence(student_logits):
+        student = logits.float() / temperature
+        divergence = present.exp() * (present - F.logsigmoid(student))
+        divergences.append(divergence + absent.exp() * (absent - F.logsigmoid(-student)))
+    return temperature**2 * add(divergences).mean()
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -219,8 +246,11 @@ def cosine_overlap(weights: Sequence[Tensor]) -> Tensor:
     return add(pairs) / max(1, len(pairs))
 
 
-def disagreement(logits: Sequence[Tensor]) -> Tensor:
-    """Mean over pairs and samples of the Euclidean distance between softmax outputs, in [0, sqrt(2)]."""
-    probabilities = [tensor.float().softmax(dim=1) for tensor in logits]
+def disagreement(logits: Sequence[Tensor], *, multi_label: bool = False) -> Tensor:
+    """Mean over pairs and samples of the Euclidean distance between softmax outputs, in [0, sqrt(2)].
+
+    Of multi-label models between sigmoid outputs, in [0, sqrt(classes)].
+    """
+    probabilities = [tensor.float().sigmoid() if multi_label else tensor.float().softmax(dim=1) for tensor in logits]
     pairs = [torch.linalg.vector_norm(a - b, dim=1).mean() for a, b in combinations(probabilities, 2)]
     return add(pairs) / max(1, len(pairs))

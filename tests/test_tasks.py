@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_selfkd import MultiExitForImageClassification, MultiExitForSemanticSegmentation
+from hf_selfkd import MultiExitForSemanticSegmentation
 from hf_selfkd.tasks import TASKS, task_of
 
-CLASSES, PIXELS = TASKS["image-classification"], TASKS["image-segmentation"]
+CLASSES, PIXELS, LABEL_SETS = (
+    TASKS[name] for name in ("image-classification", "image-segmentation", "multi-label-classification")
+)
+MULTI_LABEL = {"problem_type": "multi_label_classification"}
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 CONFIG = SimpleNamespace(num_labels=5, semantic_loss_ignore_index=11)
 SAMPLE = {"pixel_values": torch.zeros(3, 8, 8)}
@@ -20,9 +23,13 @@ def output_of(build, build_segmenter, batch):
     """Return the logits of all exits of a small model of a task, and labels with ignored ones among them."""
 
     def output_of(task):
-        model = (build if task is CLASSES else build_segmenter)().eval()
-        labels = batch["labels"] if task is CLASSES else torch.randint(0, 5, (8, 32, 32))
-        labels[1] = -100 if task is CLASSES else model.config.semantic_loss_ignore_index
+        if task is PIXELS:
+            model, labels = build_segmenter(), torch.randint(0, 5, (8, 32, 32))
+        else:
+            model = build(**(MULTI_LABEL if task is LABEL_SETS else {}))
+            labels = batch["labels"] if task is CLASSES else torch.randint(0, 2, (8, 5))
+        model.eval()
+        labels[1] = model.config.semantic_loss_ignore_index if task is PIXELS else -100
         with torch.no_grad():
             exit_logits = model(batch["pixel_values"]).exit_logits
         return model, exit_logits, task.prepare_labels(labels, model.config)
@@ -34,12 +41,12 @@ def output_of(build, build_segmenter, batch):
 def test_models_name_their_task(task, output_of):
     model, _, _ = output_of(task)
     assert task_of(model) is task
-    assert task.name in model.model_tags
+    assert task.pipeline_tag in model.model_tags
 
 
-def test_both_model_classes_have_a_task():
-    models = (MultiExitForImageClassification, MultiExitForSemanticSegmentation)
-    assert [model.task for model in models] == list(TASKS)
+def test_every_model_has_a_task(build):
+    named = {build().task, build(**MULTI_LABEL).task, MultiExitForSemanticSegmentation.task}
+    assert named == TASKS.keys()
 
 
 @every_task
@@ -47,8 +54,8 @@ def test_metrics_are_those_with_a_title_and_the_loss(task, output_of):
     _, exit_logits, labels = output_of(task)
     metrics = task.compute_metrics(*task.reduce_logits(exit_logits, labels))
     exits = [f"exit_{exit}" for exit in range(len(exit_logits))]
-    titled = {f"{metric}_{name}" for metric in task.metric_titles for name in (*exits, "ensemble")}
-    losses = {"loss", *(f"loss_{name}" for name in exits)}
+    titled = {f"{name}_{metric}" for metric in task.metric_titles for name in (*exits, "ensemble")}
+    losses = {"loss", *(f"{name}_loss" for name in exits)}
     assert metrics.keys() == titled | losses | set(task.metric_titles)
     assert task.metric in metrics
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.exit_policy import ExitPolicy, get_criterion
+from .decisions import Decisions, decisions_of
 from .risk_control import certify
 from .search import Evidence, frontier, optimise
 from .temperature import CHUNK, chunks, fit_temperature
@@ -32,7 +33,7 @@ def calibrate(
 ) -> ExitPolicy:
     """Find the thresholds that satisfy one constraint best.
 
-    Every exit gets the temperature that minimises its cross-entropy (Guo et al., ICML 2017,
+    Every exit gets the temperature that minimises its label loss (Guo et al., ICML 2017,
     https://arxiv.org/abs/1706.04599). ``target_cost`` and ``max_accuracy_drop`` hold on the given images. ``max_risk``
     is a guarantee for finite samples and any distribution: on images drawn like the given ones, the risk of the policy
     is at most ``max_risk`` with probability ``1 - delta`` over the draw of the calibration images. It is found by
@@ -42,10 +43,14 @@ def calibrate(
 
     If no thresholds satisfy the constraint, there is a warning and every image runs to the final exit.
 
+    Multi-label models need a criterion on sigmoid outputs, ``min_confidence`` or ``mean_confidence``. Accuracy is then
+    the share of images all of whose known labels are predicted correctly.
+
     Args:
         exit_logits: ``(exits, images, classes)``, a tensor or array, first to last, or a sequence of
             ``(images, classes)``; memory-mapped arrays are read in chunks.
-        labels: Class indices ``(images,)``; ``None`` compares with the predictions of the final exit.
+        labels: Class indices ``(images,)``, of multi-label models 0 or 1 and -100 where unknown,
+            ``(images, classes)``; ``None`` compares with the predictions of the final exit.
         costs: Cost of an image that exits at each exit, in any unit: multiply-adds from :func:`exit_costs`, or
             milliseconds from :func:`~hf_selfkd.evaluation.exit_latencies`.
         target_cost: Largest mean cost, as a share of the final exit's, in (0, 1]; finds the best accuracy.
@@ -62,7 +67,7 @@ def calibrate(
     given = {"target_cost": target_cost, "max_accuracy_drop": max_accuracy_drop, "max_risk": max_risk}
     constraint = {name: value for name, value in given.items() if value is not None}
     _check_constraint(constraint, costs, delta)
-    num_images = _check_shapes(exit_logits, labels, costs)
+    num_images = _check_shapes(exit_logits, labels, costs, decisions_of(criterion))
     if max_risk is None:
         policy = fit_policy(exit_logits, labels, criterion)
         policy = solve(policy, gather_evidence(exit_logits, labels, costs, policy), **constraint)
@@ -116,9 +121,11 @@ def fit_policy(
     """
     never = get_criterion(criterion).never(len(exit_logits))
     rows = torch.arange(len(exit_logits[0])) if rows is None else rows
-    targets = _targets(exit_logits, labels, rows)
-    temperatures = [fit_temperature(logits, targets, rows) for logits in exit_logits[: len(exit_logits) - 1]]
-    temperatures.append(1.0 if labels is None else fit_temperature(exit_logits[-1], targets, rows))
+    decisions = decisions_of(criterion)
+    targets = _targets(exit_logits, labels, rows, decisions)
+    fitted = exit_logits[: len(exit_logits) - 1] if labels is None else exit_logits
+    temperatures = [fit_temperature(logits, targets, rows, decisions.derivatives) for logits in fitted]
+    temperatures += [1.0] * (len(exit_logits) - len(temperatures))
     thresholds = [never] * (len(exit_logits) - 1)
     return ExitPolicy(criterion=criterion, thresholds=thresholds, temperatures=temperatures)
 
@@ -144,45 +151,48 @@ def gather_evidence(
         ValueError: If logits are NaN.
     """
     rows = torch.arange(len(exit_logits[0])) if rows is None else rows
-    targets = _targets(exit_logits, labels, rows)
+    targets = _targets(exit_logits, labels, rows, decisions_of(policy.criterion))
     scores, correct, history = [], [], None
     for exit, logits in enumerate(exit_logits):
-        exit_scores, predictions, history = _score(policy, exit, logits, rows, history)
+        exit_scores, is_correct, history = _score(policy, exit, logits, targets, rows, history)
         if exit_scores.isnan().any():
             raise ValueError(f"exit_logits of exit {exit} contain NaN, so its predictions cannot be scored.")
         scores.append(exit_scores)
-        correct.append((predictions == targets).double())
+        correct.append(is_correct.double())
     shares = torch.tensor([float(cost) for cost in costs], dtype=torch.float64)
     never = get_criterion(policy.criterion).never(len(exit_logits))
     return Evidence(torch.stack(scores)[:-1], torch.stack(correct), shares / shares[-1], never)
 
 
-def _targets(exit_logits: Any, labels: Any, rows: Tensor) -> Tensor:
-    """Return the classes to compare with, ``(rows,)``: labels, or predictions of the final exit."""
+def _targets(exit_logits: Any, labels: Any, rows: Tensor, decisions: Decisions) -> Tensor:
+    """Return what to compare with, rows first: labels, or predictions of the final exit."""
     if labels is None:
-        predictions = torch.empty(len(rows), dtype=torch.long)
+        # Filled in place: small results kept between the large chunks would fragment the heap, by hundreds of
+        # megabytes.
+        shape = decisions.predict(next(chunks(exit_logits[-1], rows[:1]))).shape
+        predictions = torch.empty(len(rows), *shape[1:], dtype=torch.long)
         for part, chunk in zip(predictions.split(CHUNK), chunks(exit_logits[-1], rows), strict=True):
-            part.copy_(chunk.argmax(dim=1))
+            part.copy_(decisions.predict(chunk))
         return predictions
-    return torch.as_tensor(labels).cpu().long()[rows]
+    return torch.as_tensor(labels).cpu().nan_to_num(-100).long()[rows]
 
 
 def _score(
-    policy: ExitPolicy, exit: int, logits: Any, rows: Tensor, history: Tensor | None
+    policy: ExitPolicy, exit: int, logits: Any, targets: Tensor, rows: Tensor, history: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return scores and predictions of one exit, both ``(rows,)``, and the history for the next."""
-    # Filled in place: small results kept between the large chunks would fragment the heap, by hundreds of megabytes.
-    scores, predictions = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.long)
+    """Return scores of one exit and whether its predictions are correct, both ``(rows,)``, and the next history."""
+    decisions = decisions_of(policy.criterion)
+    scores, is_correct = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     new_history = None
     for part, chunk in zip(torch.arange(len(rows)).split(CHUNK), chunks(logits, rows), strict=True):
         past = None if history is None else history[..., part]
         scores[part], _, chunk_history = policy.score(exit, chunk, past)
-        predictions[part] = chunk.argmax(dim=1)
+        is_correct[part] = decisions.is_correct(decisions.predict(chunk), targets[part])
         if chunk_history is not None:
             if new_history is None:
                 new_history = chunk_history.new_empty(*chunk_history.shape[:-1], len(rows))
             new_history[..., part] = chunk_history
-    return scores, predictions, new_history
+    return scores, is_correct, new_history
 
 
 def solve(
@@ -258,7 +268,7 @@ def _check_constraint(constraint: dict[str, float], costs: Sequence[float], delt
         raise ValueError(f"costs must be numbers above 0, but got {list(costs)!r}.")
 
 
-def _check_shapes(exit_logits: Any, labels: Any, costs: Sequence[float]) -> int:
+def _check_shapes(exit_logits: Any, labels: Any, costs: Sequence[float], decisions: Decisions) -> int:
     shapes = [tuple(logits.shape) for logits in exit_logits]
     if len(shapes) < 2 or len(set(shapes)) > 1 or len(shapes[0]) != 2:
         raise ValueError(
@@ -271,14 +281,5 @@ def _check_shapes(exit_logits: Any, labels: Any, costs: Sequence[float]) -> int:
     if num_images < 3:
         raise ValueError(f"Calibration needs three images or more, but got {num_images}.")
     if labels is not None:
-        labels = torch.as_tensor(labels)
-        if (
-            labels.shape != (num_images,)
-            or labels.is_floating_point()
-            or not 0 <= labels.min() <= labels.max() < num_classes
-        ):
-            raise ValueError(
-                f"labels must be {num_images} class indices from 0 to {num_classes - 1}, but got {labels.dtype} "
-                f"labels shaped {tuple(labels.shape)}."
-            )
+        decisions.check_labels(torch.as_tensor(labels), num_images, num_classes)
     return num_images

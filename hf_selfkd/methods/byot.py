@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..functional import add, cross_entropy, mse, soften_kl
+from ..functional import add, mse
 from ..models.outputs import MultiExitOutput
-from .base import Method, check_range
+from .base import Method, check_range, divergence_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class BYOT(Method):
     name: ClassVar[str] = "byot"
     paper: ClassVar[str] = "https://arxiv.org/abs/1905.08094"
     min_exits: ClassVar[int] = 2
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification")
 
     alpha: float = 0.3
     temperature: float = 3.0
@@ -43,7 +44,7 @@ class BYOT(Method):
         """
         *early_logits, final_logits = output.exit_logits
         *early_features, final_features = output.exit_features
-        label = cross_entropy(final_logits, labels) + (1 - self.alpha) * cross_entropy(early_logits, labels)
-        logit = self.alpha * soften_kl(early_logits, final_logits, self.temperature)
+        label = output.label_loss(final_logits, labels) + (1 - self.alpha) * output.label_loss(early_logits, labels)
+        logit = self.alpha * divergence_of(output)(early_logits, final_logits, self.temperature)
         hint = self.hint_weight * add(mse(features, final_features) for features in early_features)
         return {"label": label, "logit": logit, "hint": hint}

@@ -5,9 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import cross_entropy, soften_kl
 from ..models.outputs import MultiExitOutput
-from .base import Method, check_range, missing_scaffold
+from .base import Method, check_range, divergence_of, missing_scaffold
 from .teacher import Teacher
 
 
@@ -27,6 +26,7 @@ class KD(Method):
 
     name: ClassVar[str] = "kd"
     paper: ClassVar[str] = "https://arxiv.org/abs/1503.02531"
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification")
 
     teacher: nn.Module | str | None = field(default=None, repr=False)
     alpha: float = 0.9
@@ -53,6 +53,6 @@ class KD(Method):
         if output.scaffold is None:
             raise missing_scaffold(self, "the logits of its teacher")
         teacher_logits = output.scaffold["teacher_logits"]
-        label = (1 - self.alpha) * cross_entropy(output.exit_logits, labels)
-        logit = self.alpha * soften_kl(output.exit_logits, teacher_logits, self.temperature)
+        label = (1 - self.alpha) * output.label_loss(output.exit_logits, labels)
+        logit = self.alpha * divergence_of(output)(output.exit_logits, teacher_logits, self.temperature)
         return {"label": label, "logit": logit}

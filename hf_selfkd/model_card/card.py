@@ -68,7 +68,8 @@ def _write(model: PreTrainedModel, folder: Path, facts: CardFacts) -> None:
     counts = exit_counts(model) if task_of(model).exits_early else None
     curve = _anytime_curve(model, facts, counts[0]) if counts else []
     if curve:
-        plot_curves({"single exits": curve}, str(folder / PICTURE))
+        score = task_of(model).metric.replace("_", " ")
+        plot_curves({"single exits": curve}, str(folder / PICTURE), score)
     values = template_values(model, facts, counts, PICTURE if curve else None)
     card = ModelCard.from_template(card_metadata(model, facts), template_path=str(_TEMPLATE), **values)
     save_card(card, facts, folder)
@@ -83,12 +84,13 @@ def _anytime_curve(model: PreTrainedModel, facts: CardFacts, costs: list[int]) -
 
 def card_metadata(model: PreTrainedModel, facts: CardFacts) -> ModelCardData:
     """Return the Hub's metadata of a card: the library that loads the model, its tags, and a result per exit."""
-    metric, scores = task_of(model).metric, exit_scores(model, facts.metrics)
+    task, scores = task_of(model), exit_scores(model, facts.metrics)
+    metric = task.metric
     # The Hub refuses results without a dataset.
     has_results = scores and (facts.dataset or facts.dataset_tags)
     results = [
         EvalResult(
-            task_type=model.task,
+            task_type=task.pipeline_tag,
             dataset_type=[*facts.dataset_tags, facts.dataset][0],
             dataset_name=facts.dataset or facts.dataset_tags[0],
             metric_type=metric,
@@ -101,7 +103,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts) -> ModelCardData:
         language=facts.language,
         license=facts.license,
         library_name="transformers",
-        pipeline_tag=model.task,
+        pipeline_tag=task.pipeline_tag,
         tags=[*model.model_tags, *(method["name"] for method in facts.methods), *facts.tags],
         datasets=list(facts.dataset_tags) or None,
         base_model=facts.base_model,

@@ -41,7 +41,7 @@ def template_values(
         "facts": facts,
         "config": config,
         "task": task,
-        "example": task.example.format(repository=facts.repository),
+        "example": task.example.format(repository=facts.repository, num_labels=config.num_labels),
         "input_size": "x".join(str(side) for side in config.pretrained_cfg["input_size"]),
         "backbone_kwargs": json.dumps(config.backbone_kwargs, sort_keys=True),
         "stages": model.exit_stages,

@@ -15,6 +15,7 @@ from .exit_policy import ExitPolicy, resolve_policy
 from .heads import create_head
 from .hooks import Collector, join_features, run
 from .modeling_base import MultiExitPreTrainedModel
+from .multi_label import MULTI_LABEL
 from .outputs import EarlyExitOutput, MultiExitOutput
 from .stages import choose_stages
 from .timm_checkpoint import save_timm_checkpoint
@@ -52,7 +53,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
 
         Args:
             pixel_values: ``(batch, channels, height, width)``.
-            labels: Class indices ``(batch,)`` or probabilities ``(batch, classes)``; adds ``loss``.
+            labels: Class indices ``(batch,)`` or probabilities ``(batch, classes)``; adds ``loss``. For multi-label
+                classification as :func:`~hf_selfkd.models.multi_label.binary_cross_entropy` takes them.
             output_hidden_states: Whether to return the feature maps of all stages; always so in training, unless
                 ``returns_maps`` is false.
             return_dict: ``False`` returns a tuple.
@@ -85,6 +87,11 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             exit_maps=exit_maps,
             stage_outputs=stage_outputs,
         )
+
+    @property
+    def task(self) -> str:
+        """The task that ``config.problem_type`` names, which may be set at any time."""
+        return MULTI_LABEL if self.config.is_multi_label else "image-classification"
 
     @property
     def classifiers(self) -> list[nn.Module]:
@@ -149,7 +156,9 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         """
         if self.training:
             raise ValueError("early_exit needs a model in eval mode, but it is in training mode. Call model.eval().")
-        return exit_early(self, pixel_values, resolve_policy(policy, self.config.exit_policy, self.num_exits))
+        config = self.config
+        policy = resolve_policy(policy, config.exit_policy, self.num_exits, multi_label=config.is_multi_label)
+        return exit_early(self, pixel_values, policy)
 
     def logits_at_exit(self, exit: int, stage_output: Any, image_size: tuple[int, int]) -> Tensor:
         """Return the logits ``(batch, classes)`` of an auxiliary exit.

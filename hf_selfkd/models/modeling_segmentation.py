@@ -59,6 +59,7 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                     f"{name} is for image classification, but got {name}={getattr(config, name)!r} for segmentation. "
                     "Leave it at its default; pyramid_width sets the width of the pyramid."
                 )
+        _check_problem_type(config)
         anatomy = rehearse(MultiExitForSemanticSegmentation, config) if backbone is None else None
         super().__init__(config, backbone, anatomy)
         config.image_processor_type = "SegformerImageProcessor"
@@ -126,6 +127,7 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                 if the backbone does not take images of this size; or in training, for a single image that is too
                 small.
         """
+        _check_problem_type(self.config)
         if labels is not None:
             labels = self._checked_labels(labels, pixel_values)
         height, width = pixel_values.shape[-2:]
@@ -203,3 +205,11 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
 
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
         self.create_image_processor().save_pretrained(folder)
+
+
+def _check_problem_type(config: MultiExitConfig) -> None:
+    if config.is_multi_label:
+        raise ValueError(
+            f"problem_type={config.problem_type!r} is for image classification, but the model is for segmentation, "
+            "where a pixel has one class. Set problem_type to None."
+        )

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .loss import cross_entropy
+from .multi_label import binary_cross_entropy
+
 
 @dataclass
 class MultiExitOutput(ModelOutput):
@@ -24,6 +27,12 @@ class MultiExitOutput(ModelOutput):
         stage_outputs: Raw outputs of the stages, in the backbone's own layout and with prefix tokens, of which
             ``exit_maps`` are views; given together with these, for classification only.
         scaffold: Outputs of ``model.scaffold``, the modules used only in training.
+
+    Attributes:
+        label_loss: The loss of logits, of one exit or a sequence of exits, by labels:
+            :func:`~hf_selfkd.models.loss.cross_entropy`, or of a multi-label model
+            :func:`~hf_selfkd.models.multi_label.binary_cross_entropy`.
+        is_multi_label: Whether each logit is a binary decision of its own.
     """
 
     loss: Tensor | None = None
@@ -33,6 +42,10 @@ class MultiExitOutput(ModelOutput):
     exit_maps: tuple[Tensor, ...] | None = None
     stage_outputs: tuple | None = None
     scaffold: dict | None = None
+
+    # Without annotations, because a dataclass would take them for outputs.
+    label_loss = staticmethod(cross_entropy)
+    is_multi_label = False
 
     @property
     def is_dense(self) -> bool:
@@ -46,13 +59,22 @@ class MultiExitOutput(ModelOutput):
 
 
 @dataclass
+class MultiLabelOutput(MultiExitOutput):
+    """Outputs of all exits of a multi-label model; ``loss`` is the binary cross-entropy of ``logits``."""
+
+    label_loss = staticmethod(binary_cross_entropy)
+    is_multi_label = True
+
+
+@dataclass
 class EarlyExitOutput(ModelOutput):
     """Outputs of the exit that each image took.
 
     Args:
         logits: ``(batch, classes)``, rows in the order of the input.
         exit_index: ``(batch,)``, the exit of each image, from 0, first to last.
-        confidence: ``(batch,)`` in [0, 1], the largest softmax probability at that exit, after its temperature.
+        confidence: ``(batch,)`` in [0, 1], the largest softmax probability at that exit, after its temperature; of a
+            multi-label model the score by which it exits.
     """
 
     logits: Tensor | None = None

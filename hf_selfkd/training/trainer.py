@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
 
-from ..functional import add, counted_over_processes, cross_entropy
+from ..functional import add, counted_over_processes
 from ..methods import Method, get_method
 from ..methods.base import multi_exit_model
 from ..model_card.card import write_model_card
@@ -146,7 +146,7 @@ class SelfDistillationTrainer(Trainer):
             loss, output = self._training_loss(model, images, labels)
         else:
             output = model(images, labels=labels)  # with labels all exits run, whatever config.early_exit is
-            loss = cross_entropy(output.exit_logits[-1], labels)
+            loss = output.label_loss(output.exit_logits[-1], labels)
         return (loss, output) if return_outputs else loss
 
     def _training_loss(self, model: nn.Module, images: Tensor, labels: Tensor):
