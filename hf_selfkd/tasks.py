@@ -183,7 +183,7 @@ for prediction in classifier("photo.png"):
             metric_titles={
                 "mean_average_precision": "mean average precision (%)",
                 "f1": "F1 (%)",
-                "accuracy": "exact matches (%)",
+                "accuracy": "exact-match accuracy (%)",
             },
             takes_soft_labels=True,
             takes_label_smoothing=False,

@@ -53,8 +53,8 @@ def _check_classes(labels: Tensor, num_images: int, num_classes: int) -> None:
     if wrong or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
             f"labels must be {num_images} class indices from 0 to {num_classes - 1}, but got {labels.dtype} labels "
-            f"shaped {tuple(labels.shape)}. Multi-label models take labels shaped (images, classes), with a criterion "
-            f"such as {_binary_criteria()}."
+            f"shaped {tuple(labels.shape)}. Multi-label models take labels shaped (images, classes), and the "
+            f"criterion {_binary_criteria()}."
         )
 
 
@@ -71,7 +71,7 @@ def _check_label_sets(labels: Tensor, num_images: int, num_classes: int) -> None
     wrong = labels.shape != (num_images, num_classes)
     if wrong or not ((labels == 0) | (labels == 1) | ~is_known(labels)).all():
         raise ValueError(
-            f"The criteria {_binary_criteria()} are for multi-label models, whose labels are shaped "
+            f"The criterion {_binary_criteria()} is for multi-label models, whose labels are shaped "
             f"{(num_images, num_classes)}, 0 or 1 and -100 where unknown, but got {labels.dtype} labels shaped "
             f"{tuple(labels.shape)}."
         )
@@ -80,7 +80,7 @@ def _check_label_sets(labels: Tensor, num_images: int, num_classes: int) -> None
 
 
 def _binary_criteria() -> str:
-    return " and ".join(name for name, record in CRITERIA.items() if record.multi_label)
+    return " or ".join(name for name, record in CRITERIA.items() if record.multi_label)
 
 
 CLASSES = Decisions(
