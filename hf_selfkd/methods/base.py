@@ -113,7 +113,7 @@ class Method:
             ValueError: If the output is that of a multi-label model, which this method cannot train.
         """
         if output.is_multi_label:  # attach checks it too, but problem_type may have changed since
-            self._check_task(MULTI_LABEL, "The model")
+            self._check_task(MULTI_LABEL, "the model")
         terms = self(output, labels, epoch)
         if self.leaves_out_exits(output):
             terms["exits"] = output.label_loss(output.exit_logits[:-1], labels)
