@@ -16,7 +16,9 @@ from .models.loss import add as add
 from .models.loss import as_sequence, count_selected, pixel_mean
 from .models.loss import counted_over_processes as counted_over_processes
 from .models.loss import cross_entropy as cross_entropy
+from .models.loss import label_loss as label_loss
 from .models.loss import resize_logits as resize_logits
+from .models.loss import weighted_cross_entropy as weighted_cross_entropy
 from .models.multi_label import binary_cross_entropy as binary_cross_entropy
 
 

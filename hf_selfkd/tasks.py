@@ -1,23 +1,21 @@
-"""The tasks, one record each: checks and preparation of labels, metrics, and words of the model card.
+"""The tasks, one record each: checks and conversion of labels, metrics, and words of the model card.
 
 A new task needs a model class with its name as ``task``, and a record here. Training, evaluation and model card take
 everything that differs by task from the record.
 """
 
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .evaluation.classification import compute_class_metrics, reduce_class_logits
 from .evaluation.multi_label import compute_binary_metrics, reduce_binary_logits
 from .evaluation.segmentation import compute_segmentation_metrics, reduce_pixel_logits
-from .models.multi_label import MULTI_LABEL, is_known
+from .models.labels import class_labels, label_maps, label_sets
+from .models.multi_label import MULTI_LABEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +26,11 @@ class Task:
         name: ``task`` of its models.
         pipeline_tag: That of its models on the Hub.
         auto_class: The class of transformers that loads its models.
-        check_label: ``(label, sample, config, name)`` raises ValueError, whose text begins with ``name``, unless the
-            label of a sample, a dictionary with ``pixel_values``, suits a model with this configuration.
-        prepare_labels: ``(labels, config) -> labels``: a batch of labels, with -100 wherever there is none, of a
-            multi-label model NaN.
+        convert_labels: ``(labels, config, name, image_size=None, check_values=True)`` returns a batch of labels as
+            tensors of int64 or, for probabilities, float32, with -100 wherever there is none (in a multi-label model
+            NaN). Raises ValueError, whose
+            text begins with ``name``, unless they suit a model with this configuration, and images of that size if it
+            is given; ``check_values=False`` looks at type and shape only, without waiting for an accelerator.
         reduce_logits: ``(exit_logits, labels)`` reduces the logits of all exits and the prepared labels of a batch to
             small tensors, images first, which are all that evaluation keeps.
         compute_metrics: Takes these tensors, of all images and one argument each, and returns metrics by name: those
@@ -40,6 +39,7 @@ class Task:
         metric_titles: Title of each metric in the results table, in percent; the first is the headline metric.
         takes_soft_labels: Whether labels may be probabilities, as mixup makes them.
         takes_label_smoothing: Whether ``label_smoothing_factor`` may be set, which spreads a label over all classes.
+        has_ignored_pixels: Whether labels are maps, in which pixels may be ignored.
         exits_early: Whether its models can exit early, so that every exit has a cost of its own.
         kind: A noun phrase for its models, to begin a sentence.
         final_exit: A noun phrase for the final exit, to end a sentence.
@@ -50,8 +50,7 @@ class Task:
     name: str
     pipeline_tag: str
     auto_class: str
-    check_label: Callable[[Any, Mapping[str, Any], PreTrainedConfig, str], None]
-    prepare_labels: Callable[[Tensor, PreTrainedConfig], Tensor]
+    convert_labels: Callable[..., Tensor]
     reduce_logits: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
     compute_metrics: Callable[..., dict[str, float]]
     metric_titles: Mapping[str, str]
@@ -61,6 +60,7 @@ class Task:
     kind: str
     final_exit: str
     example: str
+    has_ignored_pixels: bool = False
 
     @property
     def metric(self) -> str:
@@ -68,85 +68,17 @@ class Task:
         return next(iter(self.metric_titles))
 
 
-def check_class(label: Any, sample: Mapping[str, Any], config: PreTrainedConfig, name: str) -> None:
-    """Raise ValueError unless a label is a class index, -100, or a list of class probabilities."""
-    if isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0:
-        label = label.item()
-    if isinstance(label, (int, np.integer)):
-        if label != -100 and not 0 <= label < config.num_labels:
-            raise ValueError(
-                f"{name} has label {label}, but the model has {config.num_labels} classes (0 to "
-                f"{config.num_labels - 1}). Build the model with num_labels of the data."
-            )
-    elif not _are_probabilities(label, config.num_labels):
-        raise ValueError(
-            f"{name} has the label {reprlib.repr(label)}, but a label is a class index or {config.num_labels} "
-            "probabilities. Use -100 where there is none."
-        )
+def _convert_classes(labels: Any, config: PreTrainedConfig, name: str, image_size=None, check_values=True) -> Tensor:
+    return class_labels(labels, config.num_labels, name, check_values=check_values)
 
 
-def _are_probabilities(label: Any, num_labels: int) -> bool:
-    if not isinstance(label, (list, tuple, Tensor, np.ndarray)) or len(label) != num_labels:
-        return False
-    return all(isinstance(value, float) for value in (label if isinstance(label, (list, tuple)) else label.tolist()))
+def _convert_sets(labels: Any, config: PreTrainedConfig, name: str, image_size=None, check_values=True) -> Tensor:
+    return label_sets(labels, config.num_labels, name, check_values=check_values)
 
 
-def check_label_set(label: Any, sample: Mapping[str, Any], config: PreTrainedConfig, name: str) -> None:
-    """Raise ValueError unless a label is a vector of 0, 1, -100 or probabilities, one for every class."""
-    try:
-        values = torch.as_tensor(label)
-    except (TypeError, ValueError, RuntimeError):
-        values = torch.empty(0)
-    if values.shape != (config.num_labels,):
-        raise ValueError(
-            f"{name} has the label {reprlib.repr(label)}, but problem_type is multi_label_classification, where a "
-            f"label is a vector of {config.num_labels} values, one for every class: 1 where the image has it, 0 where "
-            "not and -100 where unknown."
-        )
-    wrong = values[is_known(values) & ~((values >= 0) & (values <= 1))]
-    if len(wrong):
-        raise ValueError(
-            f"{name} has {wrong[0].item()} in its label, but in a multi-label one a class has 1 or 0, a probability "
-            "between, or -100 where unknown."
-        )
-
-
-def check_label_map(label: Any, sample: Mapping[str, Any], config: PreTrainedConfig, name: str) -> None:
-    """Raise ValueError unless a label is a map of class indices or ignored pixels of the size of its image."""
-    if getattr(label, "ndim", 0) != 2:
-        raise ValueError(
-            f"{name} has the label {reprlib.repr(label)}, but a label is a map of class indices, an array of (height, "
-            f"width). Mark pixels without a class with {config.semantic_loss_ignore_index}."
-        )
-    label = torch.as_tensor(label)
-    image_size = sample["pixel_values"].shape[-2:]
-    if label.shape != image_size:
-        raise ValueError(
-            f"{name} has a label map of {tuple(label.shape)} pixels, but an image of {tuple(image_size)}. Transform "
-            "both together."
-        )
-    ignored = config.semantic_loss_ignore_index
-    wrong = set(label.unique().tolist()) - set(range(config.num_labels)) - {-100, ignored}
-    if wrong:
-        raise ValueError(
-            f"{name} has a pixel of class {min(wrong)}, but the model has {config.num_labels} classes (0 to "
-            f"{config.num_labels - 1}) and ignores {ignored}. Build the model with num_labels and "
-            "semantic_loss_ignore_index of the data."
-        )
-
-
-def _keep(labels: Tensor, config: PreTrainedConfig) -> Tensor:
-    return labels
-
-
-def _as_probabilities(labels: Tensor, config: PreTrainedConfig) -> Tensor:
-    # Unknown labels become NaN, so that mixing them with known ones gives unknown ones.
-    labels = labels.float()
-    return labels.masked_fill(~is_known(labels), torch.nan)
-
-
-def _mask_ignored(labels: Tensor, config: PreTrainedConfig) -> Tensor:
-    return labels.long().masked_fill(labels == config.semantic_loss_ignore_index, -100)
+def _convert_maps(labels: Any, config: PreTrainedConfig, name: str, image_size=None, check_values=True) -> Tensor:
+    ignore_index = config.semantic_loss_ignore_index
+    return label_maps(labels, image_size, config.num_labels, ignore_index, name, check_values=check_values)
 
 
 TASKS = {
@@ -156,8 +88,7 @@ TASKS = {
             name="image-classification",
             pipeline_tag="image-classification",
             auto_class="AutoModelForImageClassification",
-            check_label=check_class,
-            prepare_labels=_keep,
+            convert_labels=_convert_classes,
             reduce_logits=reduce_class_logits,
             compute_metrics=compute_class_metrics,
             metric_titles={"accuracy": "accuracy (%)", "calibration_error": "calibration error (%)"},
@@ -176,8 +107,7 @@ for prediction in classifier("photo.png"):
             name=MULTI_LABEL,
             pipeline_tag="image-classification",
             auto_class="AutoModelForImageClassification",
-            check_label=check_label_set,
-            prepare_labels=_as_probabilities,
+            convert_labels=_convert_sets,
             reduce_logits=reduce_binary_logits,
             compute_metrics=compute_binary_metrics,
             metric_titles={
@@ -201,13 +131,13 @@ for prediction in classifier("photo.png", top_k={num_labels}):
             name="image-segmentation",
             pipeline_tag="image-segmentation",
             auto_class="AutoModelForSemanticSegmentation",
-            check_label=check_label_map,
-            prepare_labels=_mask_ignored,
+            convert_labels=_convert_maps,
             reduce_logits=reduce_pixel_logits,
             compute_metrics=compute_segmentation_metrics,
             metric_titles={"mean_iou": "mean IoU (%)", "pixel_accuracy": "pixel accuracy (%)"},
             takes_soft_labels=False,
             takes_label_smoothing=False,
+            has_ignored_pixels=True,
             exits_early=False,
             kind="A semantic segmentation model",
             final_exit="the segmentation head of the feature pyramid",

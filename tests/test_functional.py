@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_selfkd.functional import add, cross_entropy, mse, smooth_labels, soften_kl
+from hf_selfkd.functional import (
+    add,
+    cross_entropy,
+    label_loss,
+    mse,
+    smooth_labels,
+    soften_kl,
+    weighted_cross_entropy,
+)
 
 
 def softmax(row):
@@ -33,6 +41,44 @@ def test_cross_entropy_counts_labelled_samples_only():
     assert cross_entropy(logits, labels).item() == pytest.approx(expected, rel=1e-5)
     probabilities = torch.tensor([[0.0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
     assert cross_entropy(logits, probabilities).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_class_weights_are_those_of_torch_but_for_the_divisor():
+    logits, labels, weights = torch.randn(6, 4), torch.tensor([0, 1, -100, 3, 1, 0]), torch.tensor([1.0, 0, 5, 2])
+    expected = F.cross_entropy(logits, labels, weights, reduction="sum") / 5
+    torch.testing.assert_close(weighted_cross_entropy(logits, labels, weights), expected)
+    hard = labels.where(labels != -100, 2)
+    soft = F.one_hot(hard, 4).float()
+    by_torch = F.cross_entropy(logits, soft, weights)  # of probabilities torch's mean is over samples
+    torch.testing.assert_close(weighted_cross_entropy(logits, soft, weights), by_torch)
+    torch.testing.assert_close(weighted_cross_entropy(logits, hard, weights), by_torch)
+
+
+def test_the_weight_of_a_pixel_is_that_of_its_class():
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
+    labels[0, 0] = -100
+    weights = torch.tensor([1.0, 2.0, 0.0])
+    pixels = F.cross_entropy(logits, labels, weights, reduction="none")
+    expected = (pixels[0].sum() / 12 + pixels[1].sum() / 16) / 2
+    torch.testing.assert_close(weighted_cross_entropy(logits, labels, weights), expected)
+
+
+def test_another_label_loss_replaces_that_of_every_exit():
+    exits, labels = [torch.randn(6, 4), torch.randn(6, 4)], torch.tensor([0, 1, 2, 3, 1, 0])
+    seen = []
+
+    def loss(logits, labels):
+        seen.append((logits, labels))
+        return logits.mean()
+
+    with label_loss(loss) as losses:
+        torch.testing.assert_close(cross_entropy(exits, labels), exits[0].mean() + exits[1].mean())
+        assert [logits is exit for (logits, _), exit in zip(seen, exits, strict=True)] == [True, True]
+        assert all(given is labels for _, given in seen)
+    torch.testing.assert_close(torch.stack(losses), torch.stack([exit.mean() for exit in exits]))
+    with label_loss(None) as losses:
+        torch.testing.assert_close(cross_entropy(exits, labels), sum(F.cross_entropy(exit, labels) for exit in exits))
+    assert losses == []
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4, 6)])

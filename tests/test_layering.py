@@ -18,7 +18,7 @@ ALLOWED = {
     "calibration": ("models",),
     "evaluation": ("models", "calibration"),
     "deploy": ("models", "calibration"),
-    "tasks": ("evaluation", "functional", "models.multi_label"),
+    "tasks": ("evaluation", "functional", "models"),
     "model_card": ("models", "methods", "evaluation", "tasks", "_version"),
     "training": ("models", "functional", "methods", "calibration", "evaluation", "tasks", "model_card"),
     "_version": (),

@@ -1,6 +1,5 @@
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -14,7 +13,6 @@ CLASSES, PIXELS, LABEL_SETS = (
 MULTI_LABEL = {"problem_type": "multi_label_classification"}
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 CONFIG = SimpleNamespace(num_labels=5, semantic_loss_ignore_index=11)
-SAMPLE = {"pixel_values": torch.zeros(3, 8, 8)}
 NAME = "Sample 1 of the training data"
 
 
@@ -32,7 +30,7 @@ def output_of(build, build_segmenter, batch):
         labels[1] = model.config.semantic_loss_ignore_index if task is PIXELS else -100
         with torch.no_grad():
             exit_logits = model(batch["pixel_values"]).exit_logits
-        return model, exit_logits, task.prepare_labels(labels, model.config)
+        return model, exit_logits, task.convert_labels(labels, model.config, NAME)
 
     return output_of
 
@@ -73,58 +71,17 @@ def test_metrics_of_batches_are_those_of_all_images(task, output_of):
     assert task.compute_metrics(*arrays) == pytest.approx(together, rel=1e-6)
 
 
-def test_ignored_pixels_become_minus_100():
-    labels = torch.tensor([[[0, 11], [-100, 4]]], dtype=torch.int16)
-    assert_close(PIXELS.prepare_labels(labels, CONFIG), torch.tensor([[[0, -100], [-100, 4]]]))
-    assert CLASSES.prepare_labels(labels, CONFIG) is labels
-
-
-# Labels of samples
-
-
-@pytest.mark.parametrize("label", [3, -100, np.int64(4), torch.tensor(2), True, [0.2] * 5, torch.full((5,), 0.2)])
-def test_classes_and_probabilities_are_accepted(label):
-    CLASSES.check_label(label, SAMPLE, CONFIG, NAME)
-
-
-@pytest.mark.parametrize(
-    "label",
-    [
-        *("cat", None, 1.0, torch.tensor(1.0), [1, 0, 0, 0, 0], [0.5, 0.5], torch.zeros(5, dtype=torch.long), {}),
-        torch.zeros(8, 8, dtype=torch.long),
-    ],
-)
-def test_labels_of_the_wrong_type_are_refused(label):
-    words = (
-        "^Sample 1 of the training data has the label .*, but a label is a class index or 5 probabilities. Use -100"
-    )
-    with pytest.raises(ValueError, match=words):
-        CLASSES.check_label(label, SAMPLE, CONFIG, NAME)
-
-
-@pytest.mark.parametrize("label", [5, -1, 255])
-def test_classes_out_of_range_are_refused(label):
-    with pytest.raises(ValueError, match=rf"^{NAME} has label {label}, but the model has 5 classes \(0 to 4\)"):
-        CLASSES.check_label(label, SAMPLE, CONFIG, NAME)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.long])
-def test_label_maps_are_accepted(dtype):
-    label = (torch.arange(64).reshape(8, 8) % 5).to(dtype)
-    label[0] = 11
-    PIXELS.check_label(label, SAMPLE, CONFIG, NAME)
-    PIXELS.check_label(label.numpy(), SAMPLE, CONFIG, NAME)
-    PIXELS.check_label(torch.full((8, 8), -100), SAMPLE, CONFIG, NAME)
-
-
-@pytest.mark.parametrize(
-    ("label", "words"),
-    [
-        (3, f"^{NAME} has the label 3, but a label is a map of class indices, .* Mark pixels without a class with 11"),
-        (torch.zeros(4, 8), rf"^{NAME} has a label map of \(4, 8\) pixels, but an image of \(8, 8\)"),
-        (torch.full((8, 8), 7), rf"^{NAME} has a pixel of class 7, but the model has 5 classes .* and ignores 11"),
-    ],
-)
-def test_label_maps_that_do_not_fit_are_refused(label, words):
-    with pytest.raises(ValueError, match=words):
-        PIXELS.check_label(label, SAMPLE, CONFIG, NAME)
+@every_task
+def test_the_check_of_a_task_is_that_of_its_labels(task):
+    """What they accept is in tests/models/test_labels.py."""
+    image, pixels = torch.tensor([3]), torch.full((1, 8, 8), 11, dtype=torch.uint8)
+    label_set = torch.tensor([[1, 0, 1, 0, -100]])
+    good, bad, expected = {
+        CLASSES.name: (image, pixels, image),
+        PIXELS.name: (pixels, image, torch.full((1, 8, 8), -100)),
+        LABEL_SETS.name: (label_set, image, torch.tensor([[1, 0, 1, 0, torch.nan]])),
+    }[task.name]
+    assert_close(task.convert_labels(good, CONFIG, NAME, (8, 8)), expected, equal_nan=True)
+    with pytest.raises(ValueError, match=f"^{NAME} has the label"):
+        task.convert_labels(bad, CONFIG, NAME, (8, 8))
+    assert (task.convert_labels(good + 50, CONFIG, NAME, check_values=False) > 5).any()

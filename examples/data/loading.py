@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+)
 from PIL import Image as PILImage
 
 from .arguments import HUB_DATASETS, DataArguments, SplitArguments
@@ -46,14 +55,15 @@ def choose_splits(splits: DatasetDict, arguments: SplitArguments, evaluation_spl
     Args:
         splits: All splits.
         arguments: The options of the data.
-        evaluation_splits: Names of the split to evaluate on, the preferred one first.
+        evaluation_splits: Names of the split to evaluate on, the preferred one first; one without labels is skipped.
 
     Raises:
         ValueError: If a split is missing.
     """
     if "train" not in splits:
         raise ValueError(f"{arguments.dataset} has the splits {', '.join(splits)}, but none called train.")
-    accepted = [arguments.evaluation_split] if arguments.evaluation_split else evaluation_splits
+    labelled = _without_unlabelled(evaluation_splits, splits, arguments)
+    accepted = [arguments.evaluation_split] if arguments.evaluation_split else labelled
     evaluation = next((name for name in accepted if name in splits), None)
     if evaluation is None:
         raise ValueError(
@@ -65,6 +75,26 @@ def choose_splits(splits: DatasetDict, arguments: SplitArguments, evaluation_spl
         if limit:
             chosen[name] = chosen[name].select(range(min(limit, len(chosen[name]))))
     return chosen
+
+
+def _without_unlabelled(names: tuple[str, ...], splits: DatasetDict, arguments: SplitArguments) -> list[str]:
+    """Leave out the names of splits without labels, such as those that a benchmark wants predictions for."""
+    try:
+        column = _find_column(splits["train"].features, arguments.label_column, ClassLabel, "label")
+    except ValueError:  # raised again when the columns are needed
+        return list(names)
+    return [name for name in names if name not in splits or _has_labels(splits[name], column)]
+
+
+def _has_labels(rows: Dataset | IterableDataset, column: str) -> bool:
+    """Whether any row has a class, or of a stream the first row; label maps are not read."""
+    if column not in rows.features:
+        return False
+    if isinstance(rows.features[column], Image):
+        return True
+    labels = rows.select_columns([column])
+    first = [row[column] for row in labels.take(1)] if isinstance(rows, IterableDataset) else labels.unique(column)
+    return any(label not in (-1, None) for label in first)
 
 
 def _refuse_for_streams(arguments: DataArguments) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.exit_policy import ExitPolicy, get_criterion
-from .decisions import Decisions, decisions_of
+from .decisions import Decisions, decisions_of, labelled_images
 from .risk_control import certify
 from .search import Evidence, frontier, optimise
 from .temperature import CHUNK, chunks, fit_temperature
@@ -49,8 +49,9 @@ def calibrate(
     Args:
         exit_logits: ``(exits, images, classes)``, a tensor or array, first to last, or a sequence of
             ``(images, classes)``; memory-mapped arrays are read in chunks.
-        labels: Class indices ``(images,)``, of multi-label models 0 or 1 and -100 where unknown,
-            ``(images, classes)``; ``None`` compares with the predictions of the final exit.
+        labels: As for training: class indices ``(images,)`` or probabilities ``(images, classes)``, whose largest is
+            the label; of multi-label models 0 or 1 for every class and -100 where unknown, ``(images, classes)``.
+            Images without a label are left out. ``None`` compares with the predictions of the final exit.
         costs: Cost of an image that exits at each exit, in any unit: multiply-adds from :func:`exit_costs`, or
             milliseconds from :func:`~hf_selfkd.evaluation.exit_latencies`.
         target_cost: Largest mean cost, as a share of the final exit's, in (0, 1]; finds the best accuracy.
@@ -67,24 +68,27 @@ def calibrate(
     given = {"target_cost": target_cost, "max_accuracy_drop": max_accuracy_drop, "max_risk": max_risk}
     constraint = {name: value for name, value in given.items() if value is not None}
     _check_constraint(constraint, costs, delta)
-    num_images = _check_shapes(exit_logits, labels, costs, decisions_of(criterion))
+    _check_shapes(exit_logits, costs)
+    labels, rows = labelled_images(labels, exit_logits, criterion)
     if max_risk is None:
-        policy = fit_policy(exit_logits, labels, criterion)
-        policy = solve(policy, gather_evidence(exit_logits, labels, costs, policy), **constraint)
+        policy = fit_policy(exit_logits, labels, criterion, rows=rows)
+        policy = solve(policy, gather_evidence(exit_logits, labels, costs, policy, rows=rows), **constraint)
     else:
         constraint["delta"] = delta
-        policy = _guarantee(exit_logits, labels, costs, criterion, constraint)
+        policy = _guarantee(exit_logits, labels, costs, criterion, constraint, rows)
     if target_cost is None and not any(map(policy.is_reachable, range(policy.num_exits - 1))):
         words = ", ".join(f"{name}={value}" for name, value in constraint.items())
-        warnings.warn(f"No thresholds satisfy {words} on {num_images} images; early exit is disabled.", stacklevel=2)
+        warnings.warn(f"No thresholds satisfy {words} on {len(rows)} images; early exit is disabled.", stacklevel=2)
     reference = "deepest exit" if labels is None else "labels"  # as saved policies name the final exit
     return replace(policy, calibration=policy.calibration | {"reference": reference})
 
 
-def _guarantee(exit_logits: Any, labels: Any, costs: Sequence[float], criterion: str, constraint: dict) -> ExitPolicy:
+def _guarantee(
+    exit_logits: Any, labels: Any, costs: Sequence[float], criterion: str, constraint: dict, rows: Tensor
+) -> ExitPolicy:
     """Propose policies on a third of the images, and test them on the others."""
-    num_images, max_risk = len(exit_logits[0]), constraint["max_risk"]
-    in_random_order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    num_images, max_risk = len(rows), constraint["max_risk"]
+    in_random_order = rows[torch.randperm(num_images, generator=torch.Generator().manual_seed(0))]
     proposing = in_random_order[: num_images // 3].sort().values
     testing = in_random_order[num_images // 3 :].sort().values
     policy = fit_policy(exit_logits, labels, criterion, rows=proposing)
@@ -174,7 +178,7 @@ def _targets(exit_logits: Any, labels: Any, rows: Tensor, decisions: Decisions) 
         for part, chunk in zip(predictions.split(CHUNK), chunks(exit_logits[-1], rows), strict=True):
             part.copy_(decisions.predict(chunk))
         return predictions
-    return torch.as_tensor(labels).cpu().nan_to_num(-100).long()[rows]
+    return torch.as_tensor(labels).cpu().long()[rows]
 
 
 def _score(
@@ -268,7 +272,7 @@ def _check_constraint(constraint: dict[str, float], costs: Sequence[float], delt
         raise ValueError(f"costs must be numbers above 0, but got {list(costs)!r}.")
 
 
-def _check_shapes(exit_logits: Any, labels: Any, costs: Sequence[float], decisions: Decisions) -> int:
+def _check_shapes(exit_logits: Any, costs: Sequence[float]) -> None:
     shapes = [tuple(logits.shape) for logits in exit_logits]
     if len(shapes) < 2 or len(set(shapes)) > 1 or len(shapes[0]) != 2:
         raise ValueError(
@@ -277,9 +281,3 @@ def _check_shapes(exit_logits: Any, labels: Any, costs: Sequence[float], decisio
         )
     if len(costs) != len(shapes):
         raise ValueError(f"costs must hold one cost per exit, {len(shapes)} in all, but got {len(costs)}.")
-    num_images, num_classes = shapes[0]
-    if num_images < 3:
-        raise ValueError(f"Calibration needs three images or more, but got {num_images}.")
-    if labels is not None:
-        decisions.check_labels(torch.as_tensor(labels), num_images, num_classes)
-    return num_images

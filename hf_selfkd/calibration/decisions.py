@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.exit_policy import CRITERIA, get_criterion
+from ..models.exit_policy import get_criterion
+from ..models.labels import UNLABELLED, as_classes, class_labels, label_sets
 from ..models.multi_label import is_exact_match, is_known
 
 # For some images: logits (images, classes), targets, and the inverse temperature, to the first and second derivative
@@ -22,13 +24,15 @@ class Decisions:
         predict: Logits ``(images, classes)`` to predictions, images first, which may be targets of other exits.
         is_correct: Predictions and targets to ``(images,)``, booleans.
         derivatives: Those of the label loss by the inverse temperature.
-        check_labels: ``(labels, num_images, num_classes)`` raises ValueError unless the labels may be targets.
+        convert_labels: ``(labels, num_classes)`` returns labels as targets, images first, or raises ValueError.
+        is_labelled: Converted labels to ``(images,)``, whether there is one.
     """
 
     predict: Callable[[Tensor], Tensor]
     is_correct: Callable[[Tensor, Tensor], Tensor]
     derivatives: Derivatives
-    check_labels: Callable[[Tensor, int, int], None]
+    convert_labels: Callable[[Any, int], Tensor]
+    is_labelled: Callable[[Tensor], Tensor]
 
 
 def decisions_of(criterion: str) -> Decisions:
@@ -40,6 +44,30 @@ def decisions_of(criterion: str) -> Decisions:
     return LABEL_SETS if get_criterion(criterion).multi_label else CLASSES
 
 
+def labelled_images(labels: Any, exit_logits: Any, criterion: str) -> tuple[Tensor | None, Tensor]:
+    """Return labels as targets, and the indices of the images that have one; of all images without labels.
+
+    Args:
+        labels: As for :func:`~hf_selfkd.calibrate`.
+        exit_logits: ``(exits, images, classes)``.
+        criterion: As for :func:`~hf_selfkd.calibrate`.
+
+    Raises:
+        ValueError: If the labels do not suit the logits or the criterion, or fewer than three images have one.
+    """
+    decisions = decisions_of(criterion)
+    num_images, num_classes = exit_logits[0].shape
+    rows = torch.arange(num_images)
+    if labels is not None:
+        labels = decisions.convert_labels(labels, num_classes)
+        if len(labels) != num_images:
+            raise ValueError(f"labels must hold one label per image, {num_images} in all, but got {len(labels)}.")
+        rows = rows[decisions.is_labelled(labels).cpu()]
+    if len(rows) < 3:
+        raise ValueError(f"Calibration needs three images or more with a label, but got {len(rows)}.")
+    return labels, rows
+
+
 def _class_derivatives(logits: Tensor, targets: Tensor, inverse: float) -> tuple[Tensor, Tensor]:
     logits = logits - logits.amax(dim=1, keepdim=True)
     probabilities = (logits * inverse).softmax(dim=1)
@@ -48,14 +76,8 @@ def _class_derivatives(logits: Tensor, targets: Tensor, inverse: float) -> tuple
     return slope, (probabilities * logits * logits).sum(dim=1) - mean * mean
 
 
-def _check_classes(labels: Tensor, num_images: int, num_classes: int) -> None:
-    wrong = labels.shape != (num_images,) or labels.is_floating_point()
-    if wrong or not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(
-            f"labels must be {num_images} class indices from 0 to {num_classes - 1}, but got {labels.dtype} labels "
-            f"shaped {tuple(labels.shape)}. Multi-label models take labels shaped (images, classes), and the "
-            f"criterion {_binary_criteria()}."
-        )
+def _convert_classes(labels: Any, num_classes: int) -> Tensor:
+    return as_classes(class_labels(labels, num_classes, "The calibration data"))
 
 
 def _label_derivatives(logits: Tensor, targets: Tensor, inverse: float) -> tuple[Tensor, Tensor]:
@@ -67,31 +89,22 @@ def _label_derivatives(logits: Tensor, targets: Tensor, inverse: float) -> tuple
     return torch.where(known, slope, 0).sum(dim=1) / count, torch.where(known, curvature, 0).sum(dim=1) / count
 
 
-def _check_label_sets(labels: Tensor, num_images: int, num_classes: int) -> None:
-    wrong = labels.shape != (num_images, num_classes)
-    if wrong or not ((labels == 0) | (labels == 1) | ~is_known(labels)).all():
-        raise ValueError(
-            f"The criterion {_binary_criteria()} is for multi-label models, whose labels are shaped "
-            f"{(num_images, num_classes)}, 0 or 1 and -100 where unknown, but got {labels.dtype} labels shaped "
-            f"{tuple(labels.shape)}."
-        )
-    if not is_known(labels).any(dim=1).all():
-        raise ValueError("Some images have no known label, so no prediction can be correct. Leave them out.")
-
-
-def _binary_criteria() -> str:
-    return " or ".join(name for name, record in CRITERIA.items() if record.multi_label)
+def _convert_label_sets(labels: Any, num_classes: int) -> Tensor:
+    labels = label_sets(labels, num_classes, "The calibration data")
+    return torch.where(is_known(labels), (labels > 0.5).float(), UNLABELLED).long()
 
 
 CLASSES = Decisions(
     predict=lambda logits: logits.argmax(dim=1),
     is_correct=lambda predictions, targets: predictions == targets,
     derivatives=_class_derivatives,
-    check_labels=_check_classes,
+    convert_labels=_convert_classes,
+    is_labelled=lambda labels: labels != UNLABELLED,
 )
 LABEL_SETS = Decisions(
     predict=lambda logits: logits > 0,
     is_correct=is_exact_match,
     derivatives=_label_derivatives,
-    check_labels=_check_label_sets,
+    convert_labels=_convert_label_sets,
+    is_labelled=lambda labels: is_known(labels).any(dim=1),
 )

@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import torch
 
+from ..models.labels import class_labels
 from .classification import compute_class_metrics, reduce_class_logits
 from .multi_label import compute_binary_metrics, reduce_binary_logits
 
@@ -71,6 +72,7 @@ class MultiExitAccuracy(_ExitMetric):
                 "MultiExitAccuracy needs logits shaped (images, exits, classes) and as many class indices, but got "
                 f"{tuple(logits.shape)} and {tuple(labels.shape)}. Stack the exits' logits along dimension 1."
             )
+        labels = class_labels(labels, logits.shape[2], "A batch")
         predictions, _ = reduce_class_logits(logits.unbind(dim=1), labels)
         super().add_batch(predictions=predictions.cpu().numpy(), references=labels.cpu().numpy(), **kwargs)
 

@@ -130,6 +130,11 @@ class Method:
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if ``model`` cannot be trained with this method."""
         self._check_task(model.task, type(model).__name__)
+        if model.config.num_labels < 2 and model.task != MULTI_LABEL:
+            raise ValueError(
+                f"A model with num_labels={model.config.num_labels} has nothing to learn: its loss is always 0. Build "
+                "it with num_labels=2 for two classes, of which one may be the background."
+            )
         if model.num_exits < self.min_exits:
             raise ValueError(
                 f"{type(self).__name__} needs at least {self.min_exits} exits, but the model has {model.num_exits}. "

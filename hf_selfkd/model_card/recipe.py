@@ -43,6 +43,8 @@ def training_recipe(trainer: Trainer) -> dict[str, Any]:
         recipe |= {"lr_milestones": list(trainer.lr_milestones), "lr_gamma": trainer.lr_gamma}
     own = {
         "decay_norms": trainer.decay_norms,
+        "class_weights": trainer.balance.description,
+        "balanced_sampling": trainer.balance.sampling,
         "ema_decay": None if trainer.average is None else trainer.average.decay,
         "mix": None if trainer.mix is None else getattr(trainer.mix, "__name__", type(trainer.mix).__name__),
         "frozen backbone": trainer.network._backbone_frozen,

@@ -7,7 +7,7 @@ teacher predicts correctly) are taken within the micro-batch; under :func:`count
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _counting = threading.local()
+_replaced = threading.local()
 
 
 @contextmanager
@@ -43,8 +44,35 @@ def count_selected(mask: Tensor) -> Tensor:
     return count.clamp(min=1) / dist.get_world_size()
 
 
+@contextmanager
+def label_loss(loss: Callable[[Tensor, Tensor], Tensor] | None) -> Iterator[list[Tensor]]:
+    """Replace the label loss of every exit: :func:`cross_entropy` returns the sum of ``loss(logits, labels)``.
+
+    Every method takes its label loss from :func:`cross_entropy`, so that class weights and a loss function of one's
+    own have their effect on all label terms.
+
+    Args:
+        loss: Maps the logits of one exit and the labels, as :func:`cross_entropy` takes them, to a scalar; ``None``
+            for the cross-entropy.
+
+    Yields:
+        A list to which each loss is appended: it stays empty where no label loss is taken from here.
+    """
+    losses: list[Tensor] = []
+
+    def recorded(logits: Tensor, labels: Tensor) -> Tensor:
+        losses.append(loss(logits, labels))
+        return losses[-1]
+
+    _replaced.loss = None if loss is None else recorded
+    try:
+        yield losses
+    finally:
+        _replaced.loss = None
+
+
 def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled samples; 0 if there are none.
+    """Mean cross-entropy over the labelled samples, 0 if there are none; or the loss of :func:`label_loss`.
 
     Args:
         logits: ``(batch, classes)`` or ``(batch, classes, height, width)``, which is interpolated to the size of
@@ -58,17 +86,47 @@ def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     Raises:
         ValueError: If ``labels`` has neither of these shapes.
     """
+    replaced = replaced_loss(logits, labels)
+    return weighted_cross_entropy(logits, labels) if replaced is None else replaced
+
+
+def replaced_loss(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor | None:
+    """Return the sum over exits of the loss that :func:`label_loss` put in place, ``None`` if there is none."""
+    replaced = getattr(_replaced, "loss", None)
+    return None if replaced is None else add(replaced(each, labels) for each in as_sequence(logits))
+
+
+def weighted_cross_entropy(
+    logits: Tensor | Sequence[Tensor], labels: Tensor, class_weights: Tensor | None = None
+) -> Tensor:
+    """Mean over the labelled samples of the cross-entropy times the weight of the label; 0 if there are none.
+
+    ``mean_b sum_c -w_c y_bc log p_bc``. The mean is over samples, not over their weights as in torch's
+    ``CrossEntropyLoss``, so that a sample has the same influence in every batch.
+
+    Args:
+        logits: As for :func:`cross_entropy`.
+        labels: As for :func:`cross_entropy`.
+        class_weights: ``(classes,)``; ``None`` for weights of 1.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: As :func:`cross_entropy`.
+    """
     is_soft = labels.is_floating_point()
     labels = labels.float() if is_soft else labels.long()
     is_dense = labels.dim() == 3
+    reduction = "none" if is_dense else "sum"
     # One after the other, so that only one exit's logits are interpolated to the size of the labels at a time.
-    loss = add(_cross_entropy(each, labels, "none" if is_dense else "sum") for each in as_sequence(logits))
+    loss = add(_cross_entropy(each, labels, class_weights, reduction) for each in as_sequence(logits))
     if is_dense:
         return pixel_mean(loss, labels != -100)
     return loss / count_selected(labels.sum(dim=1) > 0 if is_soft else labels != -100)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+def _cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     logits = logits.float()
     if logits.dim() == 4:
         logits = resize_logits(logits, labels.shape[-2:])
@@ -78,7 +136,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
             f"labels must be class indices shaped {tuple(indices_shape)} or class probabilities shaped "
             f"{tuple(logits.shape)}, but got {labels.dtype} labels shaped {tuple(labels.shape)}."
         )
-    return F.cross_entropy(logits, labels, ignore_index=-100, reduction=reduction)
+    return F.cross_entropy(logits, labels, weight, ignore_index=-100, reduction=reduction)
 
 
 def as_sequence(logits: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

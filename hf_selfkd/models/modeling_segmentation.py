@@ -11,6 +11,7 @@ from transformers.image_utils import PILImageResampling
 
 from .configuration import MultiExitConfig
 from .heads import SegmentationHead
+from .labels import label_maps
 from .loss import resize_logits
 from .modeling_base import MultiExitPreTrainedModel
 from .outputs import MultiExitOutput
@@ -129,7 +130,14 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
         """
         _check_problem_type(self.config)
         if labels is not None:
-            labels = self._checked_labels(labels, pixel_values)
+            labels = label_maps(
+                labels,
+                pixel_values.shape[-2:],
+                self.config.num_labels,
+                self.config.semantic_loss_ignore_index,
+                "A batch",
+                check_values=not torch.compiler.is_compiling(),
+            )
         height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (0, -width % self.stride, 0, -height % self.stride))
         try:
@@ -172,23 +180,6 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
             height, width = levels[-1].shape[-2:]
             levels.append(resize(levels[-1], ((height + 1) // 2, (width + 1) // 2)))
         return levels
-
-    def _checked_labels(self, labels: Tensor, pixel_values: Tensor) -> Tensor:
-        if labels.shape != pixel_values.shape[:1] + pixel_values.shape[2:]:
-            raise ValueError(
-                f"labels must have the size of the images, {tuple(pixel_values.shape[:1] + pixel_values.shape[2:])}, "
-                f"but got {tuple(labels.shape)}. Transform images and labels together."
-            )
-        labels = labels.long().masked_fill(labels == self.config.semantic_loss_ignore_index, -100)
-        if not torch.compiler.is_compiling():
-            wrong = labels[(labels != -100) & ((labels < 0) | (labels >= self.config.num_labels))]
-            if len(wrong):
-                raise ValueError(
-                    f"labels hold class {wrong[0].item()}, but the model has {self.config.num_labels} classes (0 to "
-                    f"{self.config.num_labels - 1}) and ignores {self.config.semantic_loss_ignore_index}. Build the "
-                    "model with num_labels and semantic_loss_ignore_index of the data."
-                )
-        return labels
 
     def create_image_processor(self) -> SegformerImageProcessor:
         """Build the image processor that is saved with the model, from ``config.pretrained_cfg``.

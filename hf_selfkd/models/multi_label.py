@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import add, as_sequence, count_selected
+from .loss import add, as_sequence, count_selected, replaced_loss
 
 # The task of these models. Their pipeline is that of image classification.
 MULTI_LABEL = "multi-label-classification"
@@ -22,6 +22,8 @@ def is_known(labels: Tensor) -> Tensor:
 
 def binary_cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     """Binary cross-entropy, a mean over the known labels of an image, then over the images that have any.
+
+    Or the loss of :func:`~hf_selfkd.models.loss.label_loss`, as for ``cross_entropy``.
 
     If all labels are known, it is ``BCEWithLogitsLoss``, which transformers takes for multi-label classification.
 
@@ -40,6 +42,9 @@ def binary_cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> T
         >>> binary_cross_entropy(logits, torch.tensor([[1, -100], [-100, -100]]))  # log 2
         tensor(0.6931)
     """
+    replaced = replaced_loss(logits, labels)
+    if replaced is not None:
+        return replaced
     known = is_known(labels)
     loss = add(image_losses(each, labels) for each in as_sequence(logits))
     return loss.sum() / count_selected(known.any(dim=1))

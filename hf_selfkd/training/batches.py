@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_utils import has_length
 
 from ..tasks import Task, task_of
-from .label_checks import LabelCheck
+from .label_checks import CheckedCollator, LabelCheck
 from .seeded_data import IndexedCollator, SeededDataset
 from .streaming import SeededStream
 
@@ -30,8 +30,8 @@ def seeded(dataset: Any, trainer: Trainer, name: str, batch_size: int | None = N
     """
     if isinstance(dataset, dict):
         return {key: seeded(part, trainer, name, batch_size) for key, part in dataset.items()}
-    args, network = trainer.args, trainer.network
-    check = LabelCheck(task_of(network), network.config, name)
+    args = trainer.args
+    check = _label_check(trainer, name)
     outlives_sigterm = trainer.sigterm is not None
     if isinstance(dataset, SeededStream):
         share = None if batch_size is None else (args.process_index, args.world_size, batch_size)
@@ -43,6 +43,19 @@ def seeded(dataset: Any, trainer: Trainer, name: str, batch_size: int | None = N
     if batch_size is not None:
         data.share_epoch()
     return data
+
+
+def checked_collator(trainer: Trainer, name: str) -> dict[str, CheckedCollator]:
+    """Return the trainer's collator, as the attribute that it replaces, with a check of the labels of its batches.
+
+    Arguments as for :func:`seeded`.
+    """
+    return {"data_collator": CheckedCollator(trainer.data_collator, _label_check(trainer, name))}
+
+
+def _label_check(trainer: Trainer, name: str) -> LabelCheck:
+    network = trainer.network
+    return LabelCheck(task_of(network), network.config, name)
 
 
 def add_indices(loader: DataLoader) -> DataLoader:
@@ -58,7 +71,7 @@ def prepare_batch(batch: dict[str, Any], task: Task, config: PreTrainedConfig) -
     if images is not None and images.dtype == torch.uint8:
         batch["pixel_values"] = normalise(images, config)
     if labels is not None:
-        batch["labels"] = task.prepare_labels(labels, config)
+        batch["labels"] = task.convert_labels(labels, config, "A batch", check_values=False)
 
 
 def normalise(images: Tensor, config: PreTrainedConfig) -> Tensor:

@@ -52,7 +52,7 @@ class SeededDataset(Dataset):
     Args:
         dataset: Indexed from 0, returns dictionaries.
         seed: Seed of the run.
-        check_label: Check of each sample's label.
+        check_label: Check of each sample's label; it returns the sample.
         outlives_sigterm: Whether workers survive the first SIGTERM: sent to all processes, it would cost the main
             process the batch that it needs to end its step.
 
@@ -95,8 +95,7 @@ class SeededDataset(Dataset):
             sample = self.dataset[index]
         except Exception as error:  # decoders raise all kinds
             raise ValueError(f"Sample {index} of the {self.check_label.name} data cannot be read: {error}") from error
-        self.check_label(index, sample)
-        return sample
+        return self.check_label(index, sample)
 
 
 @contextmanager

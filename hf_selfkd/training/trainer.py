@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput
 
-from ..functional import add, counted_over_processes
+from ..functional import add, counted_over_processes, label_loss
 from ..methods import Method, get_method
 from ..methods.base import multi_exit_model
 from ..model_card.card import write_model_card
 from ..model_card.facts import Evaluation, collect_facts
 from ..tasks import task_of
 from . import hub, recipe, resume, settings
-from .batches import add_indices, prepare_batch, seeded
+from .batches import add_indices, checked_collator, prepare_batch, seeded
 from .callbacks import CardRecorder, EmaWeights, PrepareScaffold, SaveAfterEpoch, SeedData
+from .class_balance import ClassBalance
+from .label_callbacks import CheckLabels
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
 from .seeded_data import INDICES
@@ -26,6 +28,7 @@ from .streaming import SeededStream, StreamPosition
 
 # Overridden private methods of Trainer, and why; a test pins each. Only loss_sums touches private fields of Trainer.
 PRIVATE_HOOKS = {
+    "_get_train_sampler": "no argument of TrainingArguments samples by class",
     "_prepare_inputs": "uint8 images are normalised, and ignored pixels become -100, on the device",
     "_init_training_state": "a stream resumes where it was; a run that ended in mid-epoch takes no further step",
     "_get_output_dir": "a checkpoint is written aside ...",
@@ -61,6 +64,9 @@ class SelfDistillationTrainer(Trainer):
             ``v2.MixUp``, under random states of seed, step and process; labels become probabilities.
         card: Facts for the model card that the run does not hold, such as ``{"dataset": "cifar10"}``: arguments of
             :func:`~hf_selfkd.model_card.facts.collect_facts`. ``save_model`` and ``push_to_hub`` write the card.
+        class_weights: Weights of the classes in every label term, one per class, or ``"balanced"`` for the inverse of
+            their frequency in the training data. A term is the mean of weight times loss. Metrics stay unweighted.
+        balanced_sampling: Whether to draw every class equally often, with replacement.
         max_skipped_batches: Number of batches with NaN or infinity that may be skipped; each counts as a step and is
             logged as ``skipped_batches``.
         save_on_sigterm: Whether SIGTERM saves a checkpoint at the end of the step and ends the process with status
@@ -87,6 +93,8 @@ class SelfDistillationTrainer(Trainer):
         ema_decay: float | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         card: dict[str, Any] | None = None,
+        class_weights: Sequence[float] | str | None = None,
+        balanced_sampling: bool = False,
         max_skipped_batches: int = 0,
         save_on_sigterm: bool = False,
         compute_metrics=None,
@@ -112,10 +120,19 @@ class SelfDistillationTrainer(Trainer):
             settings.attach_method(self.method, model, args, has_mix=mix is not None)
         args, metrics = settings.own_arguments(args), compute_metrics or self._exit_metrics
         super().__init__(model=model, args=args, compute_metrics=metrics, **kwargs)
+        self.label_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.balance, self.label_checks = ClassBalance(self, class_weights, balanced_sampling), CheckLabels(self)
         hub.ensure_branch(self, self.args.hub_revision if self.args.push_to_hub else None)
         position = self.stream_position if isinstance(self.train_dataset, SeededStream) else None
         steps = (position, PrepareScaffold(self), self.seed_data, self.nonfinite, SaveAfterEpoch(), self.sigterm)
-        others = (self.average, self.restore, self.card_recorder, hub.ReportPushes(self))
+        others = (
+            self.label_checks,
+            self.balance,
+            self.average,
+            self.restore,
+            self.card_recorder,
+            hub.ReportPushes(self),
+        )
         for callback in filter(None, (*steps, *others)):
             self.add_callback(callback)
 
@@ -142,6 +159,7 @@ class SelfDistillationTrainer(Trainer):
                 f"A batch needs pixel_values and labels, but has {', '.join(inputs)}. Name the columns so in the data."
             )
         images, labels = inputs["pixel_values"], inputs["labels"]
+        self.label_checks.observe(labels)
         if self.model.training:
             loss, output = self._training_loss(model, images, labels)
         else:
@@ -152,8 +170,13 @@ class SelfDistillationTrainer(Trainer):
     def _training_loss(self, model: nn.Module, images: Tensor, labels: Tensor):
         images, labels = recipe.mixed(self, images, labels)
         output = model(images)
-        with counted_over_processes():
+        with counted_over_processes(), label_loss(self.label_loss) as label_losses:
             terms = self.method.terms(output, labels, self.state.epoch or 0.0)
+        if self.label_loss is not None and not label_losses:
+            raise ValueError(
+                f"{type(self.method).__name__} takes no label loss from hf_selfkd.functional.cross_entropy, so "
+                "that class_weights have no effect. Call that function in the method, or leave class_weights out."
+            )
         loss = add(terms.values())
         named = {f"loss/{name}": term for name, term in terms.items()}
         self.sums.add(named | self.method.metrics(output), 1 / self.current_gradient_accumulation_steps)
@@ -200,19 +223,24 @@ class SelfDistillationTrainer(Trainer):
         steps = self.args.gradient_accumulation_steps
         batch_size = self.get_total_train_batch_size(self.args) // (steps * self.args.world_size)
         data = seeded(self.train_dataset, self, "training", batch_size)
-        with settings.swapped(self, train_dataset=data):
+        with settings.swapped(self, train_dataset=data, **checked_collator(self, "training")):
             loader = super().get_train_dataloader()
         self.seed_data.follow(data)
         return self.stream_position.follow(data, loader, steps) or add_indices(loader)
 
+    def _get_train_sampler(self, train_dataset=None):
+        return self.balance.sampler() or super()._get_train_sampler(train_dataset)
+
     def get_eval_dataloader(self, eval_dataset=None):
         """Return the evaluation loader; its samples are checked."""
-        with settings.swapped(self, eval_dataset=seeded(self.eval_dataset, self, "evaluation")):
+        data = seeded(self.eval_dataset, self, "evaluation")
+        with settings.swapped(self, eval_dataset=data, **checked_collator(self, "evaluation")):
             return super().get_eval_dataloader(seeded(eval_dataset, self, "evaluation"))
 
     def get_test_dataloader(self, test_dataset):
         """Return the test loader; its samples are checked."""
-        return super().get_test_dataloader(seeded(test_dataset, self, "test"))
+        with settings.swapped(self, **checked_collator(self, "test")):
+            return super().get_test_dataloader(seeded(test_dataset, self, "test"))
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)

@@ -246,7 +246,9 @@ def test_an_impossible_constraint_disables_early_exit(constraint, words):
         ({"max_risk": 0.1, "delta": 1.0}, "calibrate needs 0 < delta < 1, but got delta=1.0."),
         ({"target_cost": 0.5, "costs": [0.5, 1.0]}, "costs must hold one cost per exit, 4 in all, but got 2."),
         ({"target_cost": 0.5, "costs": [0.5, 0.0, 1, 1]}, "costs must be numbers above 0, but got [0.5, 0.0, 1, 1]."),
-        ({"target_cost": 0.5, "labels": torch.zeros(3)}, "labels must be 1500 class indices from 0 to 9, but got tor"),
+        ({"target_cost": 0.5, "labels": torch.zeros(3)}, "The calibration data has the label [0.0, 0.0, 0.0], but a"),
+        ({"target_cost": 0.5, "labels": [3] * 7}, "labels must hold one label per image, 1500 in all, but got 7."),
+        ({"target_cost": 0.5, "labels": [10] * 1500}, "The calibration data has label 10, but the model has 10 class"),
         ({"target_cost": 0.5, "criterion": "margins"}, "Unknown criterion 'margins'. Did you mean 'margin'?"),
     ],
 )
@@ -257,6 +259,25 @@ def test_bad_arguments(logits, arguments, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("constraint", [{"target_cost": 0.5}, {"max_risk": 0.1}])
+def test_labels_are_those_that_training_takes(logits, constraint):
+    """Any integers, and probabilities; images without a label are left out."""
+    exit_logits, labels = logits
+    expected = calibrate(exit_logits[:, 100:], labels[100:], COSTS, **constraint)
+    partly = labels.clone()
+    partly[:100] = -100
+    soft = F.one_hot(labels, 10) * 0.9 + 0.01
+    soft[:100] = 0
+    for given in (
+        partly.to(torch.int16),
+        partly.numpy().astype("int32"),
+        partly.tolist(),
+        soft,
+        soft.double().numpy(),
+    ):
+        assert calibrate(exit_logits, given, COSTS, **constraint) == expected
+
+
 def test_bad_logits():
     with pytest.raises(ValueError, match="exit_logits must be shaped .exits, images, classes. with two exits or more"):
         calibrate(torch.randn(1, 20, 5), torch.zeros(20).long(), [1.0], target_cost=1.0)
@@ -264,7 +285,7 @@ def test_bad_logits():
     broken[1, 3] = math.nan
     with pytest.raises(ValueError, match="exit_logits of exit 1 contain NaN"):
         calibrate(broken, torch.zeros(20).long(), [0.5, 1.0], target_cost=1.0)
-    with pytest.raises(ValueError, match="needs three images or more, but got 2"):
+    with pytest.raises(ValueError, match="needs three images or more with a label, but got 2"):
         calibrate(torch.randn(2, 2, 5), torch.zeros(2).long(), [0.5, 1.0], target_cost=1.0)
 
 

@@ -64,13 +64,26 @@ def test_a_guarantee_is_for_exact_matches(held_out):
     assert policy.calibration["expected_cost"] < 1
 
 
+def test_images_without_a_known_label_are_left_out(held_out):
+    exit_logits, labels = held_out
+    unlabelled = labels.index_fill(0, torch.arange(50), -100)
+    policy = calibrate(exit_logits, unlabelled, COSTS, target_cost=0.6, criterion="min_confidence")
+    same = calibrate(exit_logits[:, 50:], labels[50:].double(), COSTS, target_cost=0.6, criterion="min_confidence")
+    assert policy == same and policy.calibration["samples"] == len(labels) - 50
+
+
 @pytest.mark.parametrize(
     ("change", "criterion", "words"),
     [
-        (lambda labels: labels, "confidence", "must be .* class indices .* and the criterion min_confidence or mean"),
-        (lambda labels: labels[:, 0], "min_confidence", "is for multi-label models, whose labels are shaped"),
-        (lambda labels: labels.clamp(min=-1), "mean_confidence", "0 or 1 and -100 where unknown, but got"),
-        (lambda labels: labels.index_fill(0, torch.tensor([3]), -100), "min_confidence", "no known label"),
+        (lambda labels: labels, "confidence", 'The calibration data has .* criterion="min_confidence"'),
+        (lambda labels: labels[:, 0], "min_confidence", "has the label .* a vector of 4 values, one for every class"),
+        (lambda labels: labels.clamp(min=-1), "mean_confidence", "has -1 in its label, .* or -100 where unknown"),
+        (lambda labels: labels[:-1], "mean_confidence", "labels must hold one label per image"),
+        (
+            lambda labels: torch.full_like(labels, -100),
+            "min_confidence",
+            "three images or more with a label",
+        ),
         (lambda labels: labels, "min_confidense", "Unknown criterion 'min_confidense'. Did you mean 'min_confidence'"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import train_cifar
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
@@ -227,6 +227,28 @@ def test_missing_splits(monkeypatch, splits, words):
     monkeypatch.setattr(data.loading, "_load", lambda name, streaming: DatasetDict({name: split for name in splits}))
     with pytest.raises(ValueError, match=words):
         data.load_images(data.DataArguments(dataset="x"))
+
+
+@pytest.mark.parametrize("missing", [-1, None, "column"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_without_labels_is_not_evaluated_on(monkeypatch, missing, streaming):
+    features = Features(image=Image(), label=ClassLabel(names=["a", "b"]))
+    rows = {"image": [noise()] * 2, "label": [0, 1]}
+    labelled = Dataset.from_dict(rows, features=features)
+    if missing == "column":
+        unlabelled = labelled.remove_columns("label")
+    else:
+        unlabelled = Dataset.from_dict(rows | {"label": [missing] * 2}, features=features)
+    splits = {"train": labelled, "validation": labelled, "test": unlabelled}
+    kind = IterableDatasetDict if streaming else DatasetDict
+    splits = {name: split.to_iterable_dataset() if streaming else split for name, split in splits.items()}
+    monkeypatch.setattr(data.loading, "_load", lambda name, streaming: kind(splits))
+    options = {"dataset": "x", "streaming": streaming}
+    images, _ = data.load_images(data.DataArguments(**options))
+    assert [row["label"] for row in images["test"]] == [0, 1]
+    del splits["validation"]
+    with pytest.raises(ValueError, match="none to evaluate on: one of validation, valid, val is needed"):
+        data.load_images(data.DataArguments(**options))
 
 
 def test_without_the_hub_the_alternatives_are_named():

@@ -75,3 +75,11 @@ def test_a_method_without_a_loss_says_so():
 
     with pytest.raises(TypeError, match="Empty must define __call__"):
         Empty()(None, torch.zeros(1), 0.0)
+
+
+@pytest.mark.parametrize("name", ["build", "build_segmenter"])
+def test_one_class_cannot_be_learned(request, name):
+    model = request.getfixturevalue(name)(num_labels=1)
+    for method in (get_method("none"), get_method("none+deep_supervision")):
+        with pytest.raises(ValueError, match="num_labels=1 has nothing to learn: .* num_labels=2 for two classes"):
+            method.attach(model)

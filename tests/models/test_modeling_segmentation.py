@@ -246,7 +246,7 @@ def test_pyramid_width_is_an_integer(width):
 
 
 def test_labels_of_another_size(build_segmenter, images):
-    with pytest.raises(ValueError, match=r"size of the images, \(2, 70, 101\), but got \(2, 18, 26\)"):
+    with pytest.raises(ValueError, match=r"label map of \(18, 26\) pixels, but an image of \(70, 101\)"):
         build_segmenter()(images, torch.zeros(2, 18, 26, dtype=torch.long))
 
 
@@ -254,7 +254,7 @@ def test_labels_of_another_size(build_segmenter, images):
 def test_class_out_of_range(build_segmenter, images, labels, wrong):
     labels[1, 3, 4] = wrong
     with pytest.raises(
-        ValueError, match=f"labels hold class {wrong}, but the model has 5 classes .0 to 4. and ignores 255"
+        ValueError, match=f"has a pixel of class {wrong}, but the model has 5 classes .0 to 4. and ignores 255"
     ):
         build_segmenter()(images, labels)
 
