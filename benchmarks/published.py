@@ -70,6 +70,39 @@ def eed(out, labels, epoch):
     return total
 
 
+def dks(out, labels, epoch):
+    """DKS, the authors' loop over ordered pairs of exits."""
+    total = 0
+    for logits in out.logits:
+        total = total + F.cross_entropy(logits, labels)
+        for other in out.logits:
+            if other is not logits:
+                total = total + divergence(logits, other, 1)
+    return total
+
+
+def uskd(out, labels, epoch):
+    """USKD, image by image, as the authors' code but for the logarithm in its ranking; their weights for ImageNet."""
+    weak = out.scaffold.classifier(out.maps[-2].mean(dim=(2, 3)))
+    final, weak_log, log = (F.softmax(out.logits[-1], 1), F.log_softmax(weak, 1), F.log_softmax(out.logits[-1], 1))
+    count, classes = final.shape
+    confidence = [final[image, label].detach() for image, label in enumerate(labels)]
+    mean_square = sum(value**2 for value in confidence) / count
+    total = F.cross_entropy(out.logits[-1], labels)
+    for image, label in enumerate(labels.tolist()):
+        soft = 1 + confidence[image] ** 2 - mean_square
+        smooth = [0.9 * (other == label) + 0.1 / classes for other in range(classes)]
+        weak_loss = -sum(smooth[other] * weak_log[image, other] for other in range(classes))
+        weak_p = weak_log[image].exp()
+        score = final[image] / (1 - final[image, label]) + weak_p / (1 - weak_p[label])
+        order = sorted(range(classes), key=lambda other, score=score: -score[other].item())
+        share = {other: 1 / (order.index(other) + 1) for other in range(classes) if other != label}
+        rest = torch.logsumexp(torch.stack([out.logits[-1][image, other] for other in share]), 0)
+        others = -sum(share[other] * (out.logits[-1][image, other] - rest) for other in share) / sum(share.values())
+        total = total + (-soft * log[image, label] + 0.1 * others + 0.005 * weak_loss) / count
+    return total + detached_exits(out, labels)
+
+
 def frskd(out, labels, epoch):
     """FRSKD, the authors' command line for CIFAR-100."""
     maps = out.scaffold.pyramid(out.maps)
@@ -116,7 +149,7 @@ def okd_mde(out, labels, epoch):
     return total + detached_exits(out, labels)
 
 
-LOSSES = {loss.__name__: loss for loss in (none, deep_supervision, byot, eed, frskd, lsh, okd_mde)}
+LOSSES = {loss.__name__: loss for loss in (none, deep_supervision, byot, eed, dks, frskd, lsh, okd_mde, uskd)}
 
 
 def train(model: nn.Module, method: str, batches, optimizer: torch.optim.Optimizer, epochs, bf16: bool = False):

@@ -18,6 +18,7 @@ from .models.loss import counted_over_processes as counted_over_processes
 from .models.loss import cross_entropy as cross_entropy
 from .models.loss import label_loss as label_loss
 from .models.loss import resize_logits as resize_logits
+from .models.loss import shared_mean as shared_mean
 from .models.loss import weighted_cross_entropy as weighted_cross_entropy
 from .models.multi_label import binary_cross_entropy as binary_cross_entropy
 
@@ -57,9 +58,8 @@ def binary_kl(student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor,
     """:func:`soften_kl` of multi-label models: between the two outcomes of every class, a mean over classes.
 
     ``T^2 * mean_bc [p_t log(p_t / p_s) + (1 - p_t) log((1 - p_t) / (1 - p_s))]`` with ``p = sigmoid(logits / T)``:
-    the multi-label logits distillation of Yang et al. (ICCV 2023, https://arxiv.org/abs/2308.06453), softened as by
-    Hinton et al. A mean over classes, as :func:`binary_cross_entropy` is, so that the weights of the two keep their
-    meaning. The teacher is detached.
+    the multi-label logits distillation of Yang et al. (ICCV 2023, https://arxiv.org/abs/2308.06453), softened; a mean
+    over classes as :func:`binary_cross_entropy`, so that their weights keep their meaning. The teacher is detached.
 
     Args:
         student_logits: ``(batch, classes)``, or a sequence of such tensors, whose divergences are summed.
@@ -69,14 +69,57 @@ def binary_kl(student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor,
     Returns:
         A scalar, 0 if both agree.
     """
-    target = teacher_logits.detach().float() / temperature
-    present, absent = F.logsigmoid(target), F.logsigmoid(-target)
-    divergences = []
-    for logits in as_sequence(student_logits):
-        student = logits.float() / temperature
-        divergence = present.exp() * (present - F.logsigmoid(student))
-        divergences.append(divergence + absent.exp() * (absent - F.logsigmoid(-student)))
+    target, divergences = teacher_logits.detach().float() / temperature, []
+    for student in (logits.float() / temperature for logits in as_sequence(student_logits)):
+        for sign in (1, -1):  # the class is there, or not
+            soft = F.logsigmoid(sign * target)
+            divergences.append(soft.exp() * (soft - F.logsigmoid(sign * student)))
     return temperature**2 * add(divergences).mean()
+
+
+def soft_cross_entropy(logits: Tensor | Sequence[Tensor], probabilities: Tensor) -> Tensor:
+    """Cross-entropy ``-sum_c p_c log softmax(z)_c`` per sample, in float32, the probabilities detached.
+
+    Args:
+        logits: ``(batch, classes)``, or a sequence of such tensors, whose losses are summed.
+        probabilities: ``(batch, classes)``.
+
+    Returns:
+        ``(batch,)``.
+    """
+    target = probabilities.detach().float()
+    return add(-(target * F.log_softmax(each.float(), dim=1)).sum(dim=1) for each in as_sequence(logits))
+
+
+def target_classes(probabilities: Tensor) -> Tensor:
+    """Return which classes are those of the label: the most probable one, for mixed labels the two most probable.
+
+    A class that is no more probable than the least probable one is not: the rest of a smoothed label, and all classes
+    of an image without a label.
+
+    Args:
+        probabilities: ``(batch, classes)``.
+
+    Returns:
+        ``(batch, classes)``, booleans.
+    """
+    top = torch.zeros_like(probabilities, dtype=torch.bool)
+    top.scatter_(1, probabilities.topk(min(2, probabilities.shape[1]), dim=1).indices, True)
+    return top & (probabilities > probabilities.amin(dim=1, keepdim=True))
+
+
+def non_target_log_softmax(logits: Tensor, is_target: Tensor) -> Tensor:
+    """Logarithm of ``p / (1 - p_t)``, in float32: for all classes but the targets their log-softmax among themselves.
+
+    Args:
+        logits: ``(batch, classes)``.
+        is_target: ``(batch, classes)``, see :func:`target_classes`.
+
+    Returns:
+        ``(batch, classes)``.
+    """
+    logits = logits.float()
+    return logits - logits.masked_fill(is_target, -torch.inf).logsumexp(dim=1, keepdim=True)
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -249,10 +292,7 @@ def cosine_overlap(weights: Sequence[Tensor]) -> Tensor:
 
 
 def disagreement(logits: Sequence[Tensor], *, multi_label: bool = False) -> Tensor:
-    """Mean over pairs and samples of the Euclidean distance between softmax outputs, in [0, sqrt(2)].
-
-    Of multi-label models between sigmoid outputs, in [0, sqrt(classes)].
-    """
+    """Mean over pairs and samples of the Euclidean distance between softmax (or sigmoid) outputs."""
     probabilities = [tensor.float().sigmoid() if multi_label else tensor.float().softmax(dim=1) for tensor in logits]
     pairs = [torch.linalg.vector_norm(a - b, dim=1).mean() for a, b in combinations(probabilities, 2)]
     return add(pairs) / max(1, len(pairs))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..functional import binary_kl, soften_kl
 from ..models.multi_label import MULTI_LABEL
 from ..models.outputs import MultiExitOutput
+from .averaged_teacher import averaged_teachers
 
 _METHODS: dict[str, type["Method"]] = {}
 
@@ -28,6 +29,8 @@ class Method:
             depends on a hyper-parameter.
         reads_maps: Whether the loss itself reads ``output.exit_maps`` or ``output.stage_outputs``. Otherwise they are
             removed from the output after the scaffold, because mixed precision copies everything a model returns.
+        reads_indices: Whether it reads ``output.sample_indices``: the training data must then be indexed, and its
+            images must not be mixed.
         min_exits: Number of exits that the method needs, the final exit included.
         tasks: The tasks it can train, as in ``model.task``. Those with ``multi-label-classification`` take their
             losses from the output: ``output.label_loss`` and :func:`divergence_of`.
@@ -37,6 +40,7 @@ class Method:
     paper: ClassVar[str]
     detach_exits: ClassVar[bool] = False
     reads_maps: ClassVar[bool] = False
+    reads_indices: ClassVar[bool] = False
     min_exits: ClassVar[int] = 1
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
 
@@ -73,14 +77,29 @@ class Method:
         """Return scalars to monitor, which are not part of the loss; the trainer logs their means."""
         return {}
 
+    def allocate(self, scaffold: nn.Module | None, num_images: int) -> None:
+        """Make room in the scaffold for what it keeps for each training image, before it is loaded or prepared."""
+
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
         """Initialise the scaffold from the training data, once before the first step of a new run.
 
         Called in eval mode and without gradients; ``batches`` are this process's training batches and can be iterated
-        more than once. The result must be equal on all processes.
+        more than once. The result must be equal on all processes. The default is that averaged teachers start from the
+        weights of the model.
         """
+        for teacher in averaged_teachers(model.scaffold):
+            teacher.start(model)
 
-    def attach(self, model: nn.Module) -> None:
+    def after_step(self, model: nn.Module) -> None:
+        """Update the scaffold after a step of the optimizer: averaged teachers follow the weights of the model."""
+        model = multi_exit_model(model)
+        for teacher in averaged_teachers(model.scaffold):
+            teacher.follow(model)
+
+    def remember(self, output: MultiExitOutput) -> None:
+        """Keep in the scaffold what later epochs need of an output; called after its terms are computed."""
+
+    def attach(self, model: nn.Module, num_images: int | None = None) -> None:
         """Prepare a model for training with this method, before the first step of a training loop.
 
         Checks the model, builds the scaffold, and sets ``detach_exits`` and ``returns_maps``. In a wrapped model
@@ -89,13 +108,16 @@ class Method:
 
         Args:
             model: A multi-exit model.
+            num_images: Number of training images, for methods that keep something for each; ``None`` if not known.
 
         Raises:
             ValueError: If ``model`` cannot be trained with this method.
         """
         model = multi_exit_model(model)
         self.check(model)
+        model.scaffold = None  # that of an earlier run, which a copy of the model would hold
         model.scaffold = self.scaffold(model)
+        self.allocate(model.scaffold, num_images or 0)
         model.detach_exits = self.detaches_exits(model.scaffold)
         model.returns_maps = self.reads_maps
 

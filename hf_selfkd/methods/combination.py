@@ -44,6 +44,11 @@ class Combination(Method, registered=False):
         return any(method.reads_maps for method in self.methods)
 
     @property
+    def reads_indices(self) -> bool:
+        """True if any method reads them."""
+        return any(method.reads_indices for method in self.methods)
+
+    @property
     def min_exits(self) -> int:
         """The largest number of exits that one of the methods needs."""
         return max(method.min_exits for method in self.methods)
@@ -63,6 +68,16 @@ class Combination(Method, registered=False):
         scaffolds = {method.name: method.scaffold(model) for method in self.methods}
         scaffolds = {name: scaffold for name, scaffold in scaffolds.items() if scaffold is not None}
         return Scaffolds(scaffolds) if scaffolds else None
+
+    def allocate(self, scaffold: "Scaffolds | None", num_images: int) -> None:
+        """Make room in the scaffold of each method."""
+        for method in self.methods:
+            method.allocate(_part(scaffold, method), num_images)
+
+    def remember(self, output: MultiExitOutput) -> None:
+        """Keep what each method needs of an output."""
+        for method in self.methods:
+            method.remember(_output_for(method, output))
 
     def prepare(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
         """Prepare the scaffold of each method, with ``model.scaffold`` set to it."""

@@ -27,7 +27,7 @@ def get_method(name: str, **hyper_parameters) -> Method:
 
     Example:
         >>> get_method("byot", alpha=0.5)
-        BYOT(alpha=0.5, temperature=3.0, hint_weight=0.03)
+        BYOT(alpha=0.5, temperature=3.0, hint_weight=0.03, teacher=None, teacher_decay=None)
     """
     if "+" in name:
         return combine(name.split("+"), hyper_parameters)

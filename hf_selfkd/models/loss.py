@@ -161,3 +161,11 @@ def add(terms: Iterable[Tensor]) -> Tensor:
     """Sum tensors; an empty sum is a zero tensor, so that a term is always a tensor."""
     terms = list(terms)
     return reduce(torch.add, terms) if terms else torch.zeros(())
+
+
+def shared_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` where ``mask`` is true, detached, 0 if nowhere; see :func:`counted_over_processes`."""
+    sums = torch.stack([(values.detach() * mask).sum(), mask.sum().to(values.dtype)])
+    if getattr(_counting, "over_processes", False):
+        dist.all_reduce(sums)
+    return sums[0] / sums[1].clamp(min=1)

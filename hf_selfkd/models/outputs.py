@@ -27,6 +27,8 @@ class MultiExitOutput(ModelOutput):
         stage_outputs: Raw outputs of the stages, in the backbone's own layout and with prefix tokens, of which
             ``exit_maps`` are views; given together with these, for classification only.
         scaffold: Outputs of ``model.scaffold``, the modules used only in training.
+        sample_indices: Indices of the images in the training data, ``(batch,)``; set by the training loop, for methods
+            that keep something for each image.
 
     Attributes:
         label_loss: The loss of logits, of one exit or a sequence of exits, by labels:
@@ -42,6 +44,7 @@ class MultiExitOutput(ModelOutput):
     exit_maps: tuple[Tensor, ...] | None = None
     stage_outputs: tuple | None = None
     scaffold: dict | None = None
+    sample_indices: Tensor | None = None
 
     # Without annotations, because a dataclass would take them for outputs.
     label_loss = staticmethod(cross_entropy)

@@ -36,8 +36,7 @@ def seeded(dataset: Any, trainer: Trainer, name: str, batch_size: int | None = N
     if isinstance(dataset, SeededStream):
         share = None if batch_size is None else (args.process_index, args.world_size, batch_size)
         return dataset.prepared(args.seed, check, share, outlives_sigterm=outlives_sigterm)
-    is_indexed = hasattr(dataset, "__getitem__") and has_length(dataset)
-    if isinstance(dataset, (str, IterableDataset)) or not is_indexed:
+    if not is_indexed(dataset):
         return dataset
     data = SeededDataset(dataset, args.seed, check, outlives_sigterm=outlives_sigterm)
     if batch_size is not None:
@@ -56,6 +55,13 @@ def checked_collator(trainer: Trainer, name: str) -> dict[str, CheckedCollator]:
 def _label_check(trainer: Trainer, name: str) -> LabelCheck:
     network = trainer.network
     return LabelCheck(task_of(network), network.config, name)
+
+
+def is_indexed(dataset: Any) -> bool:
+    """Whether data has a length and samples at indices from 0; a stream has not, nor has the name of a dataset."""
+    if isinstance(dataset, (str, IterableDataset)):
+        return False
+    return hasattr(dataset, "__getitem__") and has_length(dataset)
 
 
 def add_indices(loader: DataLoader) -> DataLoader:

@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from ..methods.averaged_teacher import inference_modules
 from ..methods.base import multi_exit_model
 from ..model_card.facts import Evaluation
 from .batches import Batches
@@ -19,7 +20,7 @@ from .seeded_data import SeededDataset
 
 
 class PrepareScaffold(TrainerCallback):
-    """Clean up after a run that was cut off, prepare the scaffold of a fresh run, and end with equal processes."""
+    """Clean up after a run that was cut off, prepare and update the scaffold, and end with equal processes."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -35,6 +36,10 @@ class PrepareScaffold(TrainerCallback):
             batches = Batches(self.trainer, kwargs["train_dataloader"])
             with torch.no_grad(), unsharded(network, batches):
                 self.trainer.method.prepare(network, batches)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Update the scaffold."""
+        self.trainer.method.after_step(self.trainer.network)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Make the models of all processes equal."""
@@ -126,14 +131,14 @@ class EmaWeights(TrainerCallback):
                 "ema_decay needs complete weights on every process, but they are sharded (FSDP). Train without "
                 "ema_decay, or without FSDP."
             )
-        self.ema = ModelEmaV3(_inference_modules(model), decay=self.decay)
+        self.ema = ModelEmaV3(inference_modules(multi_exit_model(model)), decay=self.decay)
         if self.start is not None:
             self.module.load_state_dict(self.start)
             self.start = None
 
     def on_step_end(self, args, state, control, model, **kwargs):
         """Follow the weights by one step."""
-        self.ema.update(_inference_modules(model))
+        self.ema.update(inference_modules(multi_exit_model(model)))
 
     def on_train_end(self, args, state, control, model, **kwargs):
         """Leave the averaged weights in the model: the last, or those of the best checkpoint."""
@@ -144,17 +149,12 @@ class EmaWeights(TrainerCallback):
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Swap the averaged weights in, and the trained ones back afterwards."""
         network = multi_exit_model(model)
-        trained = {name: tensor.clone() for name, tensor in _inference_modules(network).state_dict().items()}
+        trained = {name: tensor.clone() for name, tensor in inference_modules(network).state_dict().items()}
         network.load_state_dict(self.state_dict(), strict=False)
         try:
             yield
         finally:
             network.load_state_dict(trained, strict=False)
-
-
-def _inference_modules(model: nn.Module) -> nn.ModuleDict:
-    children = multi_exit_model(model).named_children()
-    return nn.ModuleDict({name: child for name, child in children if name != "scaffold"})
 
 
 class CardRecorder(TrainerCallback):

@@ -14,6 +14,7 @@ from ..methods import Method
 from ..methods.base import multi_exit_model
 from ..model_card.facts import collect_facts
 from ..tasks import task_of
+from .batches import is_indexed
 from .hub import HiddenToken
 
 
@@ -56,8 +57,17 @@ def own_arguments(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
-def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, has_mix: bool) -> None:
+def attach_method(
+    method: Method, model: nn.Module, args: TrainingArguments, *, has_mix: bool, data: Any = None
+) -> None:
     """Attach a method to a model, with a scaffold that is equal on all processes.
+
+    Args:
+        method: The method.
+        model: A multi-exit model, or a module that wraps one.
+        args: Settings of the run.
+        has_mix: Whether images are mixed.
+        data: The training data, ``None`` if there is none.
 
     Raises:
         ValueError: If the model cannot be trained with the method or these settings.
@@ -77,9 +87,23 @@ def attach_method(method: Method, model: nn.Module, args: TrainingArguments, *, 
             f"label_smoothing_factor={args.label_smoothing_factor} spreads one label over all classes, but "
             f"{network.task} has a label for every class. Leave it at 0; labels of the data may be probabilities."
         )
+    if method.reads_indices:
+        check_indexed(method, data, has_mix=has_mix)
     torch.manual_seed(args.seed)
-    method.attach(network)
+    method.attach(network, len(data) if is_indexed(data) else None)
     network.add_model_tags(method.name.split("+"))
+
+
+def check_indexed(method: Method, data: Any, *, has_mix: bool) -> None:
+    """Raise ValueError if training images cannot be identified by their indices, which the method needs."""
+    needs = f"Method '{method.name}' keeps something for each training image, "
+    if has_mix:
+        raise ValueError(f"{needs}but mix makes one image of two. Do not set it.")
+    if data is not None and not is_indexed(data):
+        raise ValueError(
+            f"{needs}but {type(data).__name__} has no index. Train on data that is indexed from 0 and has a "
+            "length; streams are not."
+        )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class SelfDistillationTrainer(Trainer):
         args = TrainingArguments() if args is None else args
         settings.check_settings(args, card or {}, max_skipped_batches, has_own_metrics=compute_metrics is not None)
         self.lr_milestones, self.lr_gamma, self.decay_norms = tuple(lr_milestones), lr_gamma, decay_norms
-        self.mix, self.card = mix, card or {}
+        self.mix, self.card, self.train_dataset = mix, card or {}, kwargs.get("train_dataset")
         optimizers = (*kwargs.get("optimizers", ()), kwargs.get("optimizer_cls_and_kwargs"))
         self.has_own_optimizer = any(part is not None for part in optimizers)
         self.reduces_logits = compute_metrics is None and "preprocess_logits_for_metrics" not in kwargs
@@ -117,7 +118,7 @@ class SelfDistillationTrainer(Trainer):
         self.average = None if ema_decay is None else EmaWeights(ema_decay)
         self.restore, self.card_recorder = resume.RestoreProcess(self), CardRecorder()
         if model is not None:
-            settings.attach_method(self.method, model, args, has_mix=mix is not None)
+            settings.attach_method(self.method, model, args, has_mix=mix is not None, data=self.train_dataset)
         args, metrics = settings.own_arguments(args), compute_metrics or self._exit_metrics
         super().__init__(model=model, args=args, compute_metrics=metrics, **kwargs)
         self.label_loss: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -144,7 +145,7 @@ class SelfDistillationTrainer(Trainer):
     def call_model_init(self, trial=None) -> nn.Module:
         """Build the model with ``model_init``, for each trial of a search, and attach the method to it."""
         model = super().call_model_init(trial)
-        settings.attach_method(self.method, model, self.args, has_mix=self.mix is not None)
+        settings.attach_method(self.method, model, self.args, has_mix=self.mix is not None, data=self.train_dataset)
         return model
 
     def train(self, *args, **kwargs) -> TrainOutput:
@@ -169,7 +170,7 @@ class SelfDistillationTrainer(Trainer):
 
     def _training_loss(self, model: nn.Module, images: Tensor, labels: Tensor):
         images, labels = recipe.mixed(self, images, labels)
-        output = model(images)
+        output = replace(model(images), sample_indices=self._indices)
         with counted_over_processes(), label_loss(self.label_loss) as label_losses:
             terms = self.method.terms(output, labels, self.state.epoch or 0.0)
         if self.label_loss is not None and not label_losses:
@@ -177,6 +178,7 @@ class SelfDistillationTrainer(Trainer):
                 f"{type(self.method).__name__} takes no label loss from hf_selfkd.functional.cross_entropy, so "
                 "that class_weights have no effect. Call that function in the method, or leave class_weights out."
             )
+        self.method.remember(output)
         loss = add(terms.values())
         named = {f"loss/{name}": term for name, term in terms.items()}
         self.sums.add(named | self.method.metrics(output), 1 / self.current_gradient_accumulation_steps)

@@ -57,7 +57,8 @@ def test_unknown_hyper_parameter():
     with pytest.raises(ValueError) as error:
         get_method("byot", alhpa=0.5)
     assert str(error.value) == (
-        "BYOT has no hyper-parameter 'alhpa'. Did you mean 'alpha'? Available: alpha, temperature, hint_weight."
+        "BYOT has no hyper-parameter 'alhpa'. Did you mean 'alpha'? Available: alpha, temperature, hint_weight, "
+        "teacher, teacher_decay."
     )
     with pytest.raises(ValueError, match="Available: none."):
         get_method("none", alpha=0.5)

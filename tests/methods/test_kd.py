@@ -5,7 +5,8 @@ import timm
 import torch
 
 from hf_selfkd import get_method
-from hf_selfkd.functional import smooth_labels
+from hf_selfkd.functional import smooth_labels, soften_kl
+from hf_selfkd.methods.decoupled import decoupled_kl
 from tests.helpers.runs import same_weights
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 32}
@@ -48,7 +49,9 @@ def test_terms_are_the_papers(exits_of_vectors, alpha, temperature):
 def test_defaults_and_agreement(exits_of_vectors):
     output, labels = exits_of_vectors
     method = get_method("kd")
-    assert (method.alpha, method.temperature, method.min_exits, method.detach_exits) == (0.9, 4.0, 1, False)
+    assert (method.temperature, method.min_exits, method.detach_exits) == (4.0, 1, False)
+    output.scaffold = {"teacher_logits": output.exit_logits[0]}
+    assert method(output, labels, 0.0) == get_method("kd", alpha=0.9)(output, labels, 0.0)
     output.exit_logits = output.exit_logits[-1:]
     output.scaffold = {"teacher_logits": output.exit_logits[-1]}
     assert method(output, labels, 0.0)["logit"].item() == pytest.approx(0, abs=1e-6)
@@ -81,6 +84,61 @@ def test_errors(build, exits_of_vectors):
         get_method("kd", alpha=2)
     with pytest.raises(ValueError, match="KD needs temperature > 0, but got temperature=0"):
         get_method("kd", temperature=0)
+    with pytest.raises(ValueError, match="KD needs loss 'kl' or 'dkd', but got loss='dkl'"):
+        get_method("kd", loss="dkl")
+    with pytest.raises(ValueError, match="KD takes non_target_weight with loss='dkd' only"):
+        get_method("kd", non_target_weight=1.0)
+    with pytest.raises(ValueError, match="KD needs alpha >= 0, but got alpha=-1"):
+        get_method("kd", loss="dkd", alpha=-1)
+
+
+def plain_dkd(student, teacher, label, temperature, beta):
+    """Return the two divergences of one image, number by number."""
+
+    def softmax(row):
+        powers = [math.exp(value / temperature) for value in row]
+        return [power / sum(powers) for power in powers]
+
+    p, q = softmax(teacher), softmax(student)
+    target = p[label] * math.log(p[label] / q[label]) + (1 - p[label]) * math.log((1 - p[label]) / (1 - q[label]))
+    others = [index for index in range(len(p)) if index != label]
+    shares = [(p[index] / (1 - p[label]), q[index] / (1 - q[label])) for index in others]
+    return temperature**2 * (target + beta * sum(a * math.log(a / b) for a, b in shares))
+
+
+@pytest.mark.parametrize(("settings", "alpha", "beta"), [({}, 1, 8), ({"alpha": 2, "non_target_weight": 0.5}, 2, 0.5)])
+def test_decoupled_loss_is_the_papers(exits_of_vectors, settings, alpha, beta):
+    output, labels = exits_of_vectors
+    teacher = [[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]]
+    output.scaffold = {"teacher_logits": torch.tensor(teacher)}
+    terms = get_method("kd", loss="dkd", **settings)(output, labels, 0.0)
+    expected = sum(
+        plain_dkd(row, target, label, 4.0, beta) / len(labels)
+        for logits in output.exit_logits
+        for row, target, label in zip(logits.tolist(), teacher, labels.tolist(), strict=True)
+    )
+    assert terms["logit"].item() == pytest.approx(alpha * expected, abs=1e-5)
+    assert get_method("kd", loss="dkd").paper != get_method("kd").paper
+    assert torch.equal(terms["label"], get_method("deep_supervision")(output, labels, 0.0)["label"])
+
+
+def test_decoupled_loss_with_the_teachers_own_weight_is_the_plain_divergence(exits_of_vectors):
+    output, labels = exits_of_vectors
+    logits, teacher = output.exit_logits[0][:1].requires_grad_(), torch.tensor([[2.0, 1.0, 0.0]])
+    weight = 1 - (teacher / 3).softmax(dim=1)[0, labels[0]].item()
+    decoupled, plain = decoupled_kl([logits], teacher, labels[:1], 3.0, weight), soften_kl(logits, teacher, 3.0)
+    torch.testing.assert_close(decoupled, plain)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (decoupled, plain)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_labels_of_the_decoupled_loss():
+    student, teacher = [torch.randn(3, 4)], 30 * torch.randn(3, 4)
+    found = decoupled_kl(student, teacher, torch.tensor([1, 3, -100]), 1.0, 8.0)
+    assert found.isfinite()
+    torch.testing.assert_close(decoupled_kl([student[0][:2]], teacher[:2], torch.tensor([1, 3]), 1.0, 8.0), found)
+    mixed = torch.tensor([[0.4, 0.6, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    assert torch.equal(decoupled_kl(student, teacher, mixed, 1.0, 8.0), found)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -25,6 +25,10 @@ def arguments(name):
     return {"teacher": timm.create_model("test_resnet", num_classes=5)} if name == "kd" else {}
 
 
+def dkd():
+    return get_method("kd", loss="dkd", **arguments("kd"))
+
+
 @pytest.fixture
 def label_sets():
     return (torch.rand(8, 5) > 0.6).long()
@@ -77,6 +81,13 @@ def test_byot(exits):
     assert_close(terms["label"], bce[2] + 0.7 * (bce[0] + bce[1]))
     assert_close(terms["logit"], 0.3 * add(binary_kl(logits, final, 3.0) for logits in early))
     assert_close(terms["hint"], 0.1 * add(mse(f, output.exit_features[-1]) for f in output.exit_features[:-1]))
+
+
+def test_dks(exits):
+    output, labels = exits
+    terms = get_method("dks", synergy_weight=2.0)(output, labels, 0.0)
+    pairs = [(a, b) for a in output.exit_logits for b in output.exit_logits if a is not b]
+    assert_close(terms["synergy"], 2 * add(binary_kl(student, teacher, 1.0) for student, teacher in pairs))
 
 
 def test_eed(exits):
@@ -144,6 +155,15 @@ def test_other_methods_are_refused_before_the_first_step(build, batch, label_set
         method.attach(build(**MULTI_LABEL))
     with pytest.raises(ValueError, match=words):
         train(build(**MULTI_LABEL), method)
+
+
+def test_the_decoupled_loss_is_refused(build, exits):
+    output, labels = exits
+    output.scaffold = {"teacher_logits": torch.randn(6, 4)}
+    for call in (lambda: dkd().attach(build(**MULTI_LABEL)), lambda: dkd().terms(output, labels, 0.0)):
+        with pytest.raises(ValueError, match="KD with loss='dkd' separates the class of the label .* Take loss='kl'"):
+            call()
+    dkd().attach(build())
 
 
 def test_problem_type_set_after_attach_is_noticed(build, batch, label_sets):

@@ -17,7 +17,7 @@ from hf_selfkd.functional import (
     sigmoid_ramp,
     soften_kl,
 )
-from hf_selfkd.methods.okd_mde import FeatureFusion
+from hf_selfkd.methods.students import FeatureFusion
 
 
 def close(value, expected):

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from hf_selfkd import ExitPolicy, MultiExitConfig
+from hf_selfkd.functional import label_loss
 from hf_selfkd.models.exit_policy import CRITERIA
 from hf_selfkd.models.multi_label import binary_cross_entropy, is_exact_match
 from hf_selfkd.models.outputs import MultiExitOutput, MultiLabelOutput
@@ -45,6 +46,15 @@ def test_the_loss_is_a_mean_over_known_labels_then_over_images(unknown):
     (gradient,) = torch.autograd.grad(loss, logits)
     assert ((gradient == 0) == labels.isnan() if unknown != -100 else (gradient == 0) == (labels == -100)).all()
     assert binary_cross_entropy(logits, torch.full((3, 4), unknown)).item() == 0
+
+
+def test_a_run_may_replace_the_loss_as_it_may_the_cross_entropy(label_sets):
+    logits, weight = torch.randn(8, 5), torch.tensor([2.0, 1.0, 1.0, 3.0, 1.0])
+    weighted = torch.nn.BCEWithLogitsLoss(pos_weight=weight)
+    with label_loss(lambda logits, labels: weighted(logits, labels.float())) as losses:
+        both = binary_cross_entropy([logits, logits], label_sets)
+    assert_close(both, 2 * weighted(logits, label_sets.float()))
+    assert len(losses) == 2
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([1, 2, 3]), torch.zeros(3, 5)])

@@ -21,7 +21,7 @@ from tests.helpers.recipe import PLAIN_SGD
 
 def train(case, folder, *, processes, mix=None, ema_decay=None, batch_norm=False, resume=None, **args):
     name, hyper_parameters = CASES[case]
-    if "teacher" in hyper_parameters:
+    if hyper_parameters.get("teacher") == "test_vit":
         hyper_parameters = hyper_parameters | {"teacher": teacher()}
     args = {
         **PLAIN_SGD,
@@ -87,6 +87,7 @@ def check_cases(found, others, folder):
         differences[case] = max(
             (tensor.double() - expected["weights"][name].double()).abs().max().item()
             for name, tensor in found[case]["weights"].items()
+            if tensor.dtype != torch.float16  # predictions, whose last bit is 2e-4
         )
     return differences
 
@@ -104,7 +105,7 @@ class Draws:
 
 def work(rank, folder):
     """Do on two processes all that the quick tests look at."""
-    train_cases(rank, ["eed+lsh", "lsh with a teacher", "frskd for segmentation"], 2, folder)
+    train_cases(rank, ["eed+lsh", "lsh with a teacher", "ps_kd", "uskd", "frskd for segmentation"], 2, folder)
     draws = Draws()
     train("none", folder / "run", processes=2, mix=draws, gradient_accumulation_steps=2, max_steps=2)
     options = {"ema_decay": 0.5, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
