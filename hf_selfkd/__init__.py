@@ -30,6 +30,7 @@ __all__ = [
     "ExitPolicy",
     "Method",
     "MultiExitAccuracy",
+    "MultiExitAveragePrecision",
     "MultiExitConfig",
     "MultiExitForImageClassification",
     "MultiExitForSemanticSegmentation",
@@ -58,9 +59,9 @@ MultiExitForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSe
 
 
 def __getattr__(name: str):
-    # Only this needs `evaluate`, a tenth of what importing the package takes.
-    if name == "MultiExitAccuracy":
-        from .evaluation.hf_evaluate import MultiExitAccuracy
+    # Only these need `evaluate`, a tenth of what importing the package takes.
+    if name in ("MultiExitAccuracy", "MultiExitAveragePrecision"):
+        from .evaluation import hf_evaluate
 
-        return MultiExitAccuracy
+        return getattr(hf_evaluate, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

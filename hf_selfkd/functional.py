@@ -20,6 +20,7 @@ from .models.loss import label_loss as label_loss
 from .models.loss import resize_logits as resize_logits
 from .models.loss import shared_mean as shared_mean
 from .models.loss import weighted_cross_entropy as weighted_cross_entropy
+from .models.multi_label import binary_cross_entropy as binary_cross_entropy
 
 
 def soften_kl(
@@ -51,6 +52,29 @@ def soften_kl(
         for student in as_sequence(student_logits)
     )
     return temperature**2 * (divergence.mean() if mask is None else pixel_mean(divergence, mask))
+
+
+def binary_kl(student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor, temperature: float) -> Tensor:
+    """:func:`soften_kl` of multi-label models: between the two outcomes of every class, a mean over classes.
+
+    ``T^2 * mean_bc [p_t log(p_t / p_s) + (1 - p_t) log((1 - p_t) / (1 - p_s))]`` with ``p = sigmoid(logits / T)``:
+    the multi-label logits distillation of Yang et al. (ICCV 2023, https://arxiv.org/abs/2308.06453), softened; a mean
+    over classes as :func:`binary_cross_entropy`, so that their weights keep their meaning. The teacher is detached.
+
+    Args:
+        student_logits: ``(batch, classes)``, or a sequence of such tensors, whose divergences are summed.
+        teacher_logits: ``(batch, classes)``.
+        temperature: Divides both logits, above 0.
+
+    Returns:
+        A scalar, 0 if both agree.
+    """
+    target, divergences = teacher_logits.detach().float() / temperature, []
+    for student in (logits.float() / temperature for logits in as_sequence(student_logits)):
+        for sign in (1, -1):  # the class is there, or not
+            soft = F.logsigmoid(sign * target)
+            divergences.append(soft.exp() * (soft - F.logsigmoid(sign * student)))
+    return temperature**2 * add(divergences).mean()
 
 
 def soft_cross_entropy(logits: Tensor | Sequence[Tensor], probabilities: Tensor) -> Tensor:
@@ -267,8 +291,8 @@ def cosine_overlap(weights: Sequence[Tensor]) -> Tensor:
     return add(pairs) / max(1, len(pairs))
 
 
-def disagreement(logits: Sequence[Tensor]) -> Tensor:
-    """Mean over pairs and samples of the Euclidean distance between softmax outputs, in [0, sqrt(2)]."""
-    probabilities = [tensor.float().softmax(dim=1) for tensor in logits]
+def disagreement(logits: Sequence[Tensor], *, multi_label: bool = False) -> Tensor:
+    """Mean over pairs and samples of the Euclidean distance between softmax (or sigmoid) outputs."""
+    probabilities = [tensor.float().sigmoid() if multi_label else tensor.float().softmax(dim=1) for tensor in logits]
     pairs = [torch.linalg.vector_norm(a - b, dim=1).mean() for a, b in combinations(probabilities, 2)]
     return add(pairs) / max(1, len(pairs))

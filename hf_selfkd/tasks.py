@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .evaluation.classification import compute_class_metrics, reduce_class_logits
+from .evaluation.multi_label import compute_binary_metrics, reduce_binary_logits
 from .evaluation.per_class import IMAGES, PIXELS, ClassCounts
 from .evaluation.segmentation import compute_segmentation_metrics, reduce_pixel_logits
-from .models.labels import class_labels, label_maps
+from .models.labels import class_labels, label_maps, label_sets
+from .models.multi_label import MULTI_LABEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +24,12 @@ class Task:
     """A task, as training, evaluation and model card need it.
 
     Args:
-        name: ``task`` of its models, and the pipeline tag on the Hub.
+        name: ``task`` of its models.
+        pipeline_tag: That of its models on the Hub.
         auto_class: The class of transformers that loads its models.
         convert_labels: ``(labels, config, name, image_size=None, check_values=True)`` returns a batch of labels as
-            tensors of int64 or, for probabilities, float32, with -100 wherever there is none. Raises ValueError, whose
+            tensors of int64 or, for probabilities, float32, with -100 wherever there is none (in a multi-label model
+            NaN). Raises ValueError, whose
             text begins with ``name``, unless they suit a model with this configuration, and images of that size if it
             is given; ``check_values=False`` looks at type and shape only, without waiting for an accelerator.
         reduce_logits: ``(exit_logits, labels)`` reduces the logits of all exits and the prepared labels of a batch to
@@ -35,21 +39,25 @@ class Task:
             ``ensemble_``; and ``loss``, alone and for every exit.
         class_counts: How results per class are counted; ``None`` where an image has no single class.
         metric_titles: Title of each metric in the results table, in percent; the first is the headline metric.
-        takes_soft_labels: Whether labels may be probabilities, as label smoothing and mixup make them.
+        takes_soft_labels: Whether labels may be probabilities, as mixup makes them.
+        takes_label_smoothing: Whether ``label_smoothing_factor`` may be set, which spreads a label over all classes.
         has_ignored_pixels: Whether labels are maps, in which pixels may be ignored.
         exits_early: Whether its models can exit early, so that every exit has a cost of its own.
         kind: A noun phrase for its models, to begin a sentence.
         final_exit: A noun phrase for the final exit, to end a sentence.
-        example: Python code that uses a model from the Hub, with ``{repository}`` for its name.
+        example: Python code that uses a model from the Hub, with ``{repository}`` for its name and ``{num_labels}``
+            for its number of classes.
     """
 
     name: str
+    pipeline_tag: str
     auto_class: str
     convert_labels: Callable[..., Tensor]
     reduce_logits: Callable[[Sequence[Tensor], Tensor], tuple[Tensor, ...]]
     compute_metrics: Callable[..., dict[str, float]]
     metric_titles: Mapping[str, str]
     takes_soft_labels: bool
+    takes_label_smoothing: bool
     exits_early: bool
     kind: str
     final_exit: str
@@ -67,6 +75,10 @@ def _convert_classes(labels: Any, config: PreTrainedConfig, name: str, image_siz
     return class_labels(labels, config.num_labels, name, check_values=check_values)
 
 
+def _convert_sets(labels: Any, config: PreTrainedConfig, name: str, image_size=None, check_values=True) -> Tensor:
+    return label_sets(labels, config.num_labels, name, check_values=check_values)
+
+
 def _convert_maps(labels: Any, config: PreTrainedConfig, name: str, image_size=None, check_values=True) -> Tensor:
     ignore_index = config.semantic_loss_ignore_index
     return label_maps(labels, image_size, config.num_labels, ignore_index, name, check_values=check_values)
@@ -77,6 +89,7 @@ TASKS = {
     for task in (
         Task(
             name="image-classification",
+            pipeline_tag="image-classification",
             auto_class="AutoModelForImageClassification",
             convert_labels=_convert_classes,
             reduce_logits=reduce_class_logits,
@@ -84,6 +97,7 @@ TASKS = {
             class_counts=IMAGES,
             metric_titles={"accuracy": "accuracy (%)", "calibration_error": "calibration error (%)"},
             takes_soft_labels=True,
+            takes_label_smoothing=True,
             exits_early=True,
             kind="An image classifier",
             final_exit="the classification head of the backbone",
@@ -94,7 +108,32 @@ for prediction in classifier("photo.png"):
     print(prediction["label"], prediction["score"])""",
         ),
         Task(
+            name=MULTI_LABEL,
+            pipeline_tag="image-classification",
+            auto_class="AutoModelForImageClassification",
+            convert_labels=_convert_sets,
+            reduce_logits=reduce_binary_logits,
+            compute_metrics=compute_binary_metrics,
+            metric_titles={
+                "mean_average_precision": "mean average precision (%)",
+                "f1": "F1 (%)",
+                "accuracy": "exact-match accuracy (%)",
+            },
+            takes_soft_labels=True,
+            takes_label_smoothing=False,
+            exits_early=True,
+            kind="A multi-label image classifier",
+            final_exit="the classification head of the backbone",
+            example="""from transformers import pipeline
+
+classifier = pipeline("image-classification", model="{repository}", trust_remote_code=True)
+for prediction in classifier("photo.png", top_k={num_labels}):
+    if prediction["score"] > 0.5:  # of each class, the sigmoid of its logit
+        print(prediction["label"], prediction["score"])""",
+        ),
+        Task(
             name="image-segmentation",
+            pipeline_tag="image-segmentation",
             auto_class="AutoModelForSemanticSegmentation",
             convert_labels=_convert_maps,
             reduce_logits=reduce_pixel_logits,
@@ -102,6 +141,7 @@ for prediction in classifier("photo.png"):
             class_counts=PIXELS,
             metric_titles={"mean_iou": "mean IoU (%)", "pixel_accuracy": "pixel accuracy (%)"},
             takes_soft_labels=False,
+            takes_label_smoothing=False,
             has_ignored_pixels=True,
             exits_early=False,
             kind="A semantic segmentation model",

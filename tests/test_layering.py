@@ -10,8 +10,11 @@ SHIPPED = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
 # The parts of this package that a folder or module may import, besides itself. Only the package imports training.
 ALLOWED = {
     "models": (),
-    "functional": ("models.loss",),
-    "methods": ("functional", "models.did_you_mean", "models.outputs", "models.pyramid", "models.stages"),
+    "functional": ("models.loss", "models.multi_label"),
+    "methods": (
+        "functional",
+        *("models.did_you_mean", "models.multi_label", "models.outputs", "models.pyramid", "models.stages"),
+    ),
     "calibration": ("models",),
     "evaluation": ("models", "calibration"),
     "deploy": ("models", "calibration"),
@@ -54,7 +57,7 @@ def test_evaluate_is_imported_only_when_its_metric_is_asked_for():
 
 
 def test_arithmetic_knows_torch_only():
-    for name in ("functional.py", "models/loss.py"):
+    for name in ("functional.py", "models/loss.py", "models/multi_label.py"):
         assert imports(PACKAGE / name)[1] == {"torch"}
 
 

@@ -5,11 +5,14 @@ import torch
 from torch.testing import assert_close
 from transformers import TrainingArguments
 
-from hf_selfkd import MultiExitForImageClassification, MultiExitForSemanticSegmentation
+from hf_selfkd import MultiExitForSemanticSegmentation
 from hf_selfkd.tasks import TASKS, task_of
 from hf_selfkd.training.settings import own_arguments
 
-CLASSES = TASKS["image-classification"]
+CLASSES, PIXELS, LABEL_SETS = (
+    TASKS[name] for name in ("image-classification", "image-segmentation", "multi-label-classification")
+)
+MULTI_LABEL = {"problem_type": "multi_label_classification"}
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 CONFIG = SimpleNamespace(num_labels=5, semantic_loss_ignore_index=11)
 NAME = "Sample 1 of the training data"
@@ -20,9 +23,13 @@ def output_of(build, build_segmenter, batch):
     """Return the logits of all exits of a small model of a task, and labels with ignored ones among them."""
 
     def output_of(task):
-        model = (build if task is CLASSES else build_segmenter)().eval()
-        labels = batch["labels"] if task is CLASSES else torch.randint(0, 5, (8, 32, 32))
-        labels[1] = -100 if task is CLASSES else model.config.semantic_loss_ignore_index
+        if task is PIXELS:
+            model, labels = build_segmenter(), torch.randint(0, 5, (8, 32, 32))
+        else:
+            model = build(**(MULTI_LABEL if task is LABEL_SETS else {}))
+            labels = batch["labels"] if task is CLASSES else torch.randint(0, 2, (8, 5))
+        model.eval()
+        labels[1] = model.config.semantic_loss_ignore_index if task is PIXELS else -100
         with torch.no_grad():
             exit_logits = model(batch["pixel_values"]).exit_logits
         return model, exit_logits, task.convert_labels(labels, model.config, NAME)
@@ -34,12 +41,12 @@ def output_of(build, build_segmenter, batch):
 def test_models_name_their_task(task, output_of):
     model, _, _ = output_of(task)
     assert task_of(model) is task
-    assert task.name in model.model_tags
+    assert task.pipeline_tag in model.model_tags
 
 
-def test_both_model_classes_have_a_task():
-    models = (MultiExitForImageClassification, MultiExitForSemanticSegmentation)
-    assert [model.task for model in models] == list(TASKS)
+def test_every_model_has_a_task(build):
+    named = {build().task, build(**MULTI_LABEL).task, MultiExitForSemanticSegmentation.task}
+    assert named == TASKS.keys()
 
 
 @every_task
@@ -84,9 +91,13 @@ def test_metrics_of_batches_are_those_of_all_images(task, output_of):
 def test_the_check_of_a_task_is_that_of_its_labels(task):
     """What they accept is in tests/models/test_labels.py."""
     image, pixels = torch.tensor([3]), torch.full((1, 8, 8), 11, dtype=torch.uint8)
-    good, bad = (image, pixels) if task is CLASSES else (pixels, image)
-    converted = task.convert_labels(good, CONFIG, NAME, (8, 8))
-    assert_close(converted, image if task is CLASSES else torch.full((1, 8, 8), -100))
+    label_set = torch.tensor([[1, 0, 1, 0, -100]])
+    good, bad, expected = {
+        CLASSES.name: (image, pixels, image),
+        PIXELS.name: (pixels, image, torch.full((1, 8, 8), -100)),
+        LABEL_SETS.name: (label_set, image, torch.tensor([[1, 0, 1, 0, torch.nan]])),
+    }[task.name]
+    assert_close(task.convert_labels(good, CONFIG, NAME, (8, 8)), expected, equal_nan=True)
     with pytest.raises(ValueError, match=f"^{NAME} has the label"):
         task.convert_labels(bad, CONFIG, NAME, (8, 8))
-    assert task.convert_labels(good + 50, CONFIG, NAME, check_values=False).amax() > 5
+    assert (task.convert_labels(good + 50, CONFIG, NAME, check_values=False) > 5).any()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..models.exit_policy import ExitPolicy, get_criterion
-from ..models.labels import UNLABELLED, as_classes, class_labels
 from .budgets import find_frontier
+from .decisions import Decisions, decisions_of, labelled_images
 from .risk_control import certify
 from .search import Evidence, frontier, optimise
 from .temperature import CHUNK, chunks, fit_temperature
@@ -34,7 +34,7 @@ def calibrate(
 ) -> ExitPolicy:
     """Find the thresholds that satisfy one constraint best.
 
-    Every exit gets the temperature that minimises its cross-entropy (Guo et al., ICML 2017,
+    Every exit gets the temperature that minimises its label loss (Guo et al., ICML 2017,
     https://arxiv.org/abs/1706.04599). ``target_cost`` and ``max_accuracy_drop`` hold on the given images. ``max_risk``
     is a guarantee for finite samples and any distribution: on images drawn like the given ones, the risk of the policy
     is at most ``max_risk`` with probability ``1 - delta`` over the draw of the calibration images. It is found by
@@ -47,12 +47,15 @@ def calibrate(
     The policy also stores the best thresholds for other mean costs, which :meth:`ExitPolicy.at` chooses among, and how
     many images exited at each exit, which :class:`~hf_selfkd.deploy.ExitCounter` compares with.
 
+    Multi-label models need a criterion on sigmoid outputs, ``min_confidence`` or ``mean_confidence``. Accuracy is then
+    the share of images all of whose known labels are predicted correctly.
+
     Args:
         exit_logits: ``(exits, images, classes)``, a tensor or array, first to last, or a sequence of
             ``(images, classes)``; memory-mapped arrays are read in chunks.
-        labels: Class indices ``(images,)`` or probabilities ``(images, classes)``, whose largest is the label, as for
-            training: images without a label (-100, or all probabilities 0) are left out. ``None`` compares with the
-            predictions of the final exit.
+        labels: As for training: class indices ``(images,)`` or probabilities ``(images, classes)``, whose largest is
+            the label; of multi-label models 0 or 1 for every class and -100 where unknown, ``(images, classes)``.
+            Images without a label are left out. ``None`` compares with the predictions of the final exit.
         costs: Cost of an image that exits at each exit, in any unit: multiply-adds from :func:`exit_costs`, or
             milliseconds from :func:`~hf_selfkd.evaluation.exit_latencies`.
         target_cost: Largest mean cost, as a share of the final exit's, in (0, 1]; finds the best accuracy.
@@ -70,8 +73,7 @@ def calibrate(
     constraint = {name: value for name, value in given.items() if value is not None}
     _check_constraint(constraint, costs, delta)
     _check_shapes(exit_logits, costs)
-    labels = None if labels is None else _classes(labels, exit_logits)
-    rows = _labelled(exit_logits, labels)
+    labels, rows = labelled_images(labels, exit_logits, criterion)
     if max_risk is None:
         policy = fit_policy(exit_logits, labels, criterion, rows=rows)
         evidence = gather_evidence(exit_logits, labels, costs, policy, rows=rows)
@@ -128,9 +130,11 @@ def fit_policy(
     """
     never = get_criterion(criterion).never(len(exit_logits))
     rows = torch.arange(len(exit_logits[0])) if rows is None else rows
-    targets = _targets(exit_logits, labels, rows)
-    temperatures = [fit_temperature(logits, targets, rows) for logits in exit_logits[: len(exit_logits) - 1]]
-    temperatures.append(1.0 if labels is None else fit_temperature(exit_logits[-1], targets, rows))
+    decisions = decisions_of(criterion)
+    targets = _targets(exit_logits, labels, rows, decisions)
+    fitted = exit_logits[: len(exit_logits) - 1] if labels is None else exit_logits
+    temperatures = [fit_temperature(logits, targets, rows, decisions.derivatives) for logits in fitted]
+    temperatures += [1.0] * (len(exit_logits) - len(temperatures))
     thresholds = [never] * (len(exit_logits) - 1)
     return ExitPolicy(criterion=criterion, thresholds=thresholds, temperatures=temperatures)
 
@@ -156,45 +160,48 @@ def gather_evidence(
         ValueError: If logits are NaN.
     """
     rows = torch.arange(len(exit_logits[0])) if rows is None else rows
-    targets = _targets(exit_logits, labels, rows)
+    targets = _targets(exit_logits, labels, rows, decisions_of(policy.criterion))
     scores, correct, history = [], [], None
     for exit, logits in enumerate(exit_logits):
-        exit_scores, predictions, history = _score(policy, exit, logits, rows, history)
+        exit_scores, is_correct, history = _score(policy, exit, logits, targets, rows, history)
         if exit_scores.isnan().any():
             raise ValueError(f"exit_logits of exit {exit} contain NaN, so its predictions cannot be scored.")
         scores.append(exit_scores)
-        correct.append((predictions == targets).double())
+        correct.append(is_correct.double())
     shares = torch.tensor([float(cost) for cost in costs], dtype=torch.float64)
     never = get_criterion(policy.criterion).never(len(exit_logits))
     return Evidence(torch.stack(scores)[:-1], torch.stack(correct), shares / shares[-1], never)
 
 
-def _targets(exit_logits: Any, labels: Any, rows: Tensor) -> Tensor:
-    """Return the classes to compare with, ``(rows,)``: labels, or predictions of the final exit."""
+def _targets(exit_logits: Any, labels: Any, rows: Tensor, decisions: Decisions) -> Tensor:
+    """Return what to compare with, rows first: labels, or predictions of the final exit."""
     if labels is None:
-        predictions = torch.empty(len(rows), dtype=torch.long)
+        # Filled in place: small results kept between the large chunks would fragment the heap, by hundreds of
+        # megabytes.
+        shape = decisions.predict(next(chunks(exit_logits[-1], rows[:1]))).shape
+        predictions = torch.empty(len(rows), *shape[1:], dtype=torch.long)
         for part, chunk in zip(predictions.split(CHUNK), chunks(exit_logits[-1], rows), strict=True):
-            part.copy_(chunk.argmax(dim=1))
+            part.copy_(decisions.predict(chunk))
         return predictions
     return torch.as_tensor(labels).cpu().long()[rows]
 
 
 def _score(
-    policy: ExitPolicy, exit: int, logits: Any, rows: Tensor, history: Tensor | None
+    policy: ExitPolicy, exit: int, logits: Any, targets: Tensor, rows: Tensor, history: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return scores and predictions of one exit, both ``(rows,)``, and the history for the next."""
-    # Filled in place: small results kept between the large chunks would fragment the heap, by hundreds of megabytes.
-    scores, predictions = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.long)
+    """Return scores of one exit and whether its predictions are correct, both ``(rows,)``, and the next history."""
+    decisions = decisions_of(policy.criterion)
+    scores, is_correct = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     new_history = None
     for part, chunk in zip(torch.arange(len(rows)).split(CHUNK), chunks(logits, rows), strict=True):
         past = None if history is None else history[..., part]
         scores[part], _, chunk_history = policy.score(exit, chunk, past)
-        predictions[part] = chunk.argmax(dim=1)
+        is_correct[part] = decisions.is_correct(decisions.predict(chunk), targets[part])
         if chunk_history is not None:
             if new_history is None:
                 new_history = chunk_history.new_empty(*chunk_history.shape[:-1], len(rows))
             new_history[..., part] = chunk_history
-    return scores, predictions, new_history
+    return scores, is_correct, new_history
 
 
 def solve(
@@ -286,21 +293,3 @@ def _check_shapes(exit_logits: Any, costs: Sequence[float]) -> None:
         )
     if len(costs) != len(shapes):
         raise ValueError(f"costs must hold one cost per exit, {len(shapes)} in all, but got {len(costs)}.")
-
-
-def _classes(labels: Any, exit_logits: Any) -> Tensor:
-    """Return the class of each image ``(images,)``, -100 where there is none."""
-    num_images, num_classes = exit_logits[0].shape
-    labels = class_labels(labels, num_classes, "The calibration data")
-    if len(labels) != num_images:
-        raise ValueError(f"labels must hold one label per image, {num_images} in all, but got {len(labels)}.")
-    return as_classes(labels)
-
-
-def _labelled(exit_logits: Any, labels: Tensor | None) -> Tensor:
-    """Return the indices of the images with a label, or of all without labels."""
-    rows = torch.arange(len(exit_logits[0]))
-    rows = rows if labels is None else rows[(labels != UNLABELLED).cpu()]
-    if len(rows) < 3:
-        raise ValueError(f"Calibration needs three images or more with a label, but got {len(rows)}.")
-    return rows

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decisions import Derivatives
+
 # Images whose logits are in float32 at once: few enough to stay in a processor's cache.
 CHUNK = 512
 
@@ -22,8 +24,8 @@ def chunks(logits: Any, rows: Tensor) -> Iterator[Tensor]:
         yield chunk.detach().float().cpu()
 
 
-def fit_temperature(logits: Any, labels: Tensor, rows: Tensor) -> float:
-    """Return the temperature of least cross-entropy, by Newton's method on its inverse, in which the loss is convex.
+def fit_temperature(logits: Any, labels: Tensor, rows: Tensor, derivatives: Derivatives) -> float:
+    """Return the temperature of least label loss, by Newton's method on its inverse, in which the loss is convex.
 
     Starting from the optimum for the first images, two or three passes over all of them are enough.
     """
@@ -31,7 +33,7 @@ def fit_temperature(logits: Any, labels: Tensor, rows: Tensor) -> float:
     for count in (4 * CHUNK, len(rows)):
         low, high = 1 / TEMPERATURE_LIMIT, TEMPERATURE_LIMIT
         for _ in range(30):
-            slope, curvature = _slope(logits, labels[:count], rows[:count], inverse)
+            slope, curvature = _slope(logits, labels[:count], rows[:count], inverse, derivatives)
             low, high = (low, inverse) if slope > 0 else (inverse, high)
             step = inverse - slope / curvature if curvature > 0 else low
             step = step if low < step < high else math.sqrt(low * high)
@@ -41,13 +43,11 @@ def fit_temperature(logits: Any, labels: Tensor, rows: Tensor) -> float:
     return 1 / inverse
 
 
-def _slope(logits: Any, labels: Tensor, rows: Tensor, inverse: float) -> tuple[float, float]:
-    """Return the first and second derivative of the mean cross-entropy by the inverse temperature."""
+def _slope(logits: Any, labels: Tensor, rows: Tensor, inverse: float, derivatives: Derivatives) -> tuple[float, float]:
+    """Return the first and second derivative of the mean label loss by the inverse temperature."""
     slope = curvature = 0.0
     for chunk, targets in zip(chunks(logits, rows), labels.split(CHUNK), strict=True):
-        chunk = chunk - chunk.amax(dim=1, keepdim=True)
-        probabilities = (chunk * inverse).softmax(dim=1)
-        mean = (probabilities * chunk).sum(dim=1)
-        slope += (mean - chunk.gather(1, targets.unsqueeze(1)).squeeze(1)).sum(dtype=torch.float64).item()
-        curvature += ((probabilities * chunk * chunk).sum(dim=1) - mean * mean).sum(dtype=torch.float64).item()
+        first, second = derivatives(chunk, targets, inverse)
+        slope += first.sum(dtype=torch.float64).item()
+        curvature += second.sum(dtype=torch.float64).item()
     return slope / len(rows), curvature / len(rows)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.calibrate import fit_policy, gather_evidence, solve
+from ..calibration.decisions import CLASSES, LABEL_SETS
 
 
 @torch.no_grad()
@@ -19,7 +20,8 @@ def collect_logits(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]])
         batches: Dictionaries with ``pixel_values`` and ``labels``, such as those of a ``DataLoader``.
 
     Returns:
-        Logits ``(exits, images, classes)`` in float32 and labels ``(images,)``, on the CPU.
+        Logits ``(exits, images, classes)`` in float32 and labels ``(images,)``, of a multi-label model
+        ``(images, classes)``, on the CPU.
 
     Raises:
         ValueError: If the model is in training mode.
@@ -40,18 +42,20 @@ def anytime_curve(exit_logits: Tensor, labels: Tensor, costs: Sequence[float]) -
 
     Args:
         exit_logits: ``(exits, images, classes)``.
-        labels: Class indices ``(images,)``.
+        labels: Class indices ``(images,)``, or of a multi-label model 0 or 1 and -100 where unknown,
+            ``(images, classes)``: then accuracy is the share of images all of whose labels are predicted.
         costs: Cost of an image that exits at each exit.
 
     Returns:
         Rows with ``exit``, ``cost``, ``share`` of the full cost, and ``accuracy``.
     """
+    decisions = CLASSES if labels.ndim == 1 else LABEL_SETS
     return [
         {
             "exit": exit,
             "cost": cost,
             "share": cost / costs[-1],
-            "accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
+            "accuracy": decisions.is_correct(decisions.predict(logits), labels).double().mean().item(),
         }
         for exit, (logits, cost) in enumerate(zip(exit_logits, costs, strict=True))
     ]
@@ -112,12 +116,13 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).replace("|", "\\|").split("\n"))
 
 
-def plot_curves(curves: dict[str, Sequence[dict[str, float]]], path: str) -> None:
-    """Draw accuracy against the share of the full cost.
+def plot_curves(curves: dict[str, Sequence[dict[str, float]]], path: str, score: str = "accuracy") -> None:
+    """Draw accuracy, or another score in its place, against the share of the full cost.
 
     Args:
         curves: Rows of :func:`anytime_curve` and :func:`budgeted_curve`, by their names in the legend.
         path: File to write; its ending decides the format.
+        score: Name of what the rows have as ``accuracy``.
     """
     from matplotlib.figure import Figure
 
@@ -126,6 +131,6 @@ def plot_curves(curves: dict[str, Sequence[dict[str, float]]], path: str) -> Non
     for name, rows in curves.items():
         axes.plot([row["share"] for row in rows], [row["accuracy"] for row in rows], marker="o", label=name)
     axes.set_xlabel("mean cost, share of the full network")
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel(score)
     axes.legend()
     figure.savefig(path)

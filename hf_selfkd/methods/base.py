@@ -1,12 +1,13 @@
 """Base class of the methods: hyper-parameters, the terms of a loss, and the modules used only in training."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import cross_entropy
+from ..functional import binary_kl, soften_kl
+from ..models.multi_label import MULTI_LABEL
 from ..models.outputs import MultiExitOutput
 from .averaged_teacher import averaged_teachers
 
@@ -31,7 +32,8 @@ class Method:
         reads_indices: Whether it reads ``output.sample_indices``: the training data must then be indexed, and its
             images must not be mixed.
         min_exits: Number of exits that the method needs, the final exit included.
-        tasks: The tasks it can train, as in ``model.task``.
+        tasks: The tasks it can train, as in ``model.task``. Those with ``multi-label-classification`` take their
+            losses from the output: ``output.label_loss`` and :func:`divergence_of`.
     """
 
     name: ClassVar[str]
@@ -57,7 +59,8 @@ class Method:
 
         Args:
             output: The output of the model in training mode.
-            labels: Class indices ``(batch,)``, or probabilities ``(batch, classes)``.
+            labels: Class indices ``(batch,)``, or probabilities ``(batch, classes)``; for a multi-label model as
+                :func:`~hf_selfkd.functional.binary_cross_entropy` takes them.
             epoch: Progress of the run in epochs, a float as in ``TrainerState``.
         """
         raise TypeError(f"{type(self).__name__} must define __call__(output, labels, epoch).")
@@ -129,10 +132,15 @@ class Method:
         """Return all terms of the loss: those of the method, and ``exits`` for exits that read detached feature maps.
 
         A training loop minimises their sum. Arguments as in :meth:`__call__`.
+
+        Raises:
+            ValueError: If the output is that of a multi-label model, which this method cannot train.
         """
+        if output.is_multi_label:  # attach checks it too, but problem_type may have changed since
+            self._check_task(MULTI_LABEL, "the model")
         terms = self(output, labels, epoch)
         if self.leaves_out_exits(output):
-            terms["exits"] = cross_entropy(output.exit_logits[:-1], labels)
+            terms["exits"] = output.label_loss(output.exit_logits[:-1], labels)
         return terms
 
     def detaches_exits(self, scaffold: nn.Module | None) -> bool:
@@ -145,13 +153,8 @@ class Method:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if ``model`` cannot be trained with this method."""
-        if model.task not in self.tasks:
-            able = sorted(name for name, method in _METHODS.items() if model.task in method.tasks)
-            raise ValueError(
-                f"{type(self).__name__} trains models for {' and '.join(self.tasks)}, but {type(model).__name__} is "
-                f"one for {model.task}. Methods for {model.task}: {', '.join(able)}."
-            )
-        if model.config.num_labels < 2 and model.task != "multi-label-classification":
+        self._check_task(model.task, type(model).__name__)
+        if model.config.num_labels < 2 and model.task != MULTI_LABEL:
             raise ValueError(
                 f"A model with num_labels={model.config.num_labels} has nothing to learn: its loss is always 0. Build "
                 "it with num_labels=2 for two classes, of which one may be the background."
@@ -160,6 +163,14 @@ class Method:
             raise ValueError(
                 f"{type(self).__name__} needs at least {self.min_exits} exits, but the model has {model.num_exits}. "
                 "Build it with exits, such as exits=[1, 2, 3]."
+            )
+
+    def _check_task(self, task: str, model: str) -> None:
+        if task not in self.tasks:
+            able = sorted(name for name, method in _METHODS.items() if task in method.tasks)
+            raise ValueError(
+                f"{type(self).__name__} trains models for {' and '.join(self.tasks)}, but {model} is one for {task}. "
+                f"Methods for {task}: {', '.join(able)}."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,6 +204,11 @@ def check_range(method: Method, name: str, low: float, high: float | None = None
     else:
         wanted = f"{low:g} {'<' if strict else '<='} {name} <= {high:g}"
     raise ValueError(f"{type(method).__name__} needs {wanted}, but got {name}={value!r}.")
+
+
+def divergence_of(output: MultiExitOutput) -> Callable[..., Tensor]:
+    """Return what compares the logits of exits: ``soften_kl`` or, of a multi-label model, ``binary_kl``."""
+    return binary_kl if output.is_multi_label else soften_kl
 
 
 def missing_scaffold(method: Method, missing: str) -> ValueError:

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import add, cross_entropy, mse, soften_kl
+from ..functional import add, mse
 from ..models.outputs import MultiExitOutput
 from .averaged_teacher import FINAL, AveragedTeacher, check_teacher_decay
-from .base import Method, check_range, missing_scaffold
+from .base import Method, check_range, divergence_of, missing_scaffold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class BYOT(Method):
     name: ClassVar[str] = "byot"
     paper: ClassVar[str] = "https://arxiv.org/abs/1905.08094"
     min_exits: ClassVar[int] = 2
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification")
 
     alpha: float = 0.3
     temperature: float = 3.0
@@ -58,12 +59,12 @@ class BYOT(Method):
         """
         *early_logits, final_logits = output.exit_logits
         *early_features, final_features = output.exit_features
-        label = cross_entropy(final_logits, labels) + (1 - self.alpha) * cross_entropy(early_logits, labels)
+        label = output.label_loss(final_logits, labels) + (1 - self.alpha) * output.label_loss(early_logits, labels)
         teacher_logits, teacher_features = final_logits, final_features
         if self.teacher is not None:
             if output.scaffold is None:
                 raise missing_scaffold(self, "its averaged teacher")
             teacher_logits, teacher_features = (output.scaffold[f"teacher_{name}"] for name in ("logits", "features"))
-        logit = self.alpha * soften_kl(early_logits, teacher_logits, self.temperature)
+        logit = self.alpha * divergence_of(output)(early_logits, teacher_logits, self.temperature)
         hint = self.hint_weight * add(mse(features, teacher_features) for features in early_features)
         return {"label": label, "logit": logit, "hint": hint}

@@ -53,6 +53,11 @@ class Combination(Method, registered=False):
         """The largest number of exits that one of the methods needs."""
         return max(method.min_exits for method in self.methods)
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that every method can train."""
+        return tuple(task for task in self.methods[0].tasks if all(task in method.tasks for method in self.methods))
+
     def check(self, model: nn.Module) -> None:
         """Raise ValueError if ``model`` cannot be trained with one of the methods."""
         for method in self.methods:

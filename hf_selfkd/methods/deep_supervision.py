@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..functional import cross_entropy
 from ..models.outputs import MultiExitOutput
 from .base import Method
 
@@ -21,8 +20,8 @@ class DeepSupervision(Method):
     name: ClassVar[str] = "deep_supervision"
     paper: ClassVar[str] = "https://arxiv.org/abs/1409.5185"
     min_exits: ClassVar[int] = 2
-    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification", "image-segmentation")
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label``, the sum of the cross-entropies of all exits."""
-        return {"label": cross_entropy(output.exit_logits, labels)}
+        """Return ``label``, the sum of the label losses of all exits."""
+        return {"label": output.label_loss(output.exit_logits, labels)}

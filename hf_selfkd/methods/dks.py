@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..functional import add, cross_entropy, soften_kl
+from ..functional import add
 from ..models.outputs import MultiExitOutput
-from .base import Method, check_range
+from .base import Method, check_range, divergence_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class DKS(Method):
     name: ClassVar[str] = "dks"
     paper: ClassVar[str] = "https://arxiv.org/abs/1906.00675"
     min_exits: ClassVar[int] = 2
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification")
 
     synergy_weight: float = 1.0
     temperature: float = 1.0
@@ -37,7 +38,7 @@ class DKS(Method):
         """Return ``label``, summed over exits, and ``synergy``, summed over ordered pairs of exits."""
         exits = output.exit_logits
         synergy = add(
-            soften_kl(exits[:teacher] + exits[teacher + 1 :], exits[teacher], self.temperature)
+            divergence_of(output)(exits[:teacher] + exits[teacher + 1 :], exits[teacher], self.temperature)
             for teacher in range(len(exits))
         )
-        return {"label": cross_entropy(exits, labels), "synergy": self.synergy_weight * synergy}
+        return {"label": output.label_loss(exits, labels), "synergy": self.synergy_weight * synergy}

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..functional import add, cross_entropy, mse, soften_kl
+from ..functional import add, mse
 from ..models.outputs import MultiExitOutput
-from .base import Method, check_range
+from .base import Method, check_range, divergence_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class EED(Method):
     name: ClassVar[str] = "eed"
     paper: ClassVar[str] = "https://arxiv.org/abs/2104.00299"
     min_exits: ClassVar[int] = 2
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification")
 
     output_loss: str = "mse"
     output_weight: float | None = None
@@ -44,13 +45,13 @@ class EED(Method):
         """Return ``label``, ``logit`` and ``feature``, each summed over all exits (section 3)."""
         ensemble_logits = _mean(output.exit_logits)
         ensemble_features = _mean(output.exit_features)
-        label = cross_entropy(output.exit_logits, labels)
+        label = output.label_loss(output.exit_logits, labels)
         if self.output_loss == "mse":
             weight = 1.0 if self.output_weight is None else self.output_weight
             logit = weight * add(mse(logits, ensemble_logits) for logits in output.exit_logits)
         else:
             weight = 0.1 if self.output_weight is None else self.output_weight
-            logit = weight * soften_kl(output.exit_logits, ensemble_logits, self.temperature)
+            logit = weight * divergence_of(output)(output.exit_logits, ensemble_logits, self.temperature)
         feature = self.feature_weight * add(mse(features, ensemble_features) for features in output.exit_features)
         return {"label": label, "logit": logit, "feature": feature}
 

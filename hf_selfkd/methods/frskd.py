@@ -1,15 +1,16 @@
 """Refine Myself by Teaching Myself: a feature pyramid on the network's own feature maps is its teacher in training."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import floor
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import add, attention_loss, cross_entropy, resize_logits, sigmoid_ramp, soften_kl
+from ..functional import add, attention_loss, resize_logits, sigmoid_ramp
 from ..models.outputs import MultiExitOutput
-from .base import Method, check_range, missing_scaffold
+from .base import Method, check_range, divergence_of, missing_scaffold
 from .self_teacher import SegmentationSelfTeacher, SelfTeacher, build_self_teacher
 
 # The authors' values: their command line for CIFAR-100, their code for VOC.
@@ -46,7 +47,7 @@ class FRSKD(Method):
     name: ClassVar[str] = "frskd"
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.08273"
     detach_exits: ClassVar[bool] = True
-    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification", "image-segmentation")
 
     alpha: float | None = None
     beta: float | None = None
@@ -90,19 +91,19 @@ class FRSKD(Method):
             default if getattr(self, name) is None else getattr(self, name)
             for name, default in (_SEGMENTATION if output.is_dense else _CLASSIFICATION).items()
         )
-        mask = None
+        divergence = divergence_of(output)
         if output.is_dense:
             logits = resize_logits(logits.float(), labels.shape[-2:])
             teacher_logits = resize_logits(teacher_logits.float(), labels.shape[-2:])
-            mask = labels != -100 if self.mask_void else None
+            divergence = partial(divergence, mask=labels != -100) if self.mask_void else divergence
         ramp = 1.0 if ramp_start is None else _ramp(epoch, ramp_start, ramp_end)
-        terms = {"label": cross_entropy(logits, labels), "teacher": cross_entropy(teacher_logits, labels)}
+        terms = {"label": output.label_loss(logits, labels), "teacher": output.label_loss(teacher_logits, labels)}
         if ramp == 0:  # no parameter depends on the other two alone, and for large feature maps they are expensive
             zero = logits.new_zeros((), dtype=torch.float32)
             return terms | {"logit": zero, "attention": zero}
         maps = zip(output.scaffold["student_maps"], output.scaffold["teacher_maps"], strict=True)
         return terms | {
-            "logit": ramp * alpha * soften_kl(logits, teacher_logits, temperature, mask),
+            "logit": ramp * alpha * divergence(logits, teacher_logits, temperature),
             "attention": ramp * beta * add(attention_loss(*pair) for pair in maps),
         }
 

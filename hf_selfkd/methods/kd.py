@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import cross_entropy, soften_kl
+from ..models.multi_label import MULTI_LABEL
 from ..models.outputs import MultiExitOutput
 from .averaged_teacher import ENSEMBLE, FINAL, AveragedTeacher, check_teacher_decay
-from .base import Method, check_range, missing_scaffold
+from .base import Method, check_range, divergence_of, missing_scaffold
 from .decoupled import decoupled_kl
 from .teacher import Teacher
 
@@ -37,6 +37,7 @@ class KD(Method):
     """
 
     name: ClassVar[str] = "kd"
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification")
 
     teacher: nn.Module | str | None = field(default=None, repr=False)
     alpha: float | None = None
@@ -81,13 +82,22 @@ class KD(Method):
         if output.scaffold is None:
             raise missing_scaffold(self, "the logits of its teacher")
         exits, teacher_logits = output.exit_logits, output.scaffold["teacher_logits"]
-        label = cross_entropy(exits, labels)
+        label = output.label_loss(exits, labels)
         if self.loss == "kl":
             alpha = 0.9 if self.alpha is None else self.alpha
-            return {"label": (1 - alpha) * label, "logit": alpha * soften_kl(exits, teacher_logits, self.temperature)}
+            divergence = divergence_of(output)(exits, teacher_logits, self.temperature)
+            return {"label": (1 - alpha) * label, "logit": alpha * divergence}
         alpha = 1.0 if self.alpha is None else self.alpha
         weight = 8.0 if self.non_target_weight is None else self.non_target_weight
         return {
             "label": label,
             "logit": alpha * decoupled_kl(exits, teacher_logits, labels, self.temperature, weight),
         }
+
+    def _check_task(self, task: str, model: str) -> None:
+        super()._check_task(task, model)
+        if task == MULTI_LABEL and self.loss == "dkd":
+            raise ValueError(
+                f"KD with loss='dkd' separates the class of the label from all others, but {model} is one for {task}, "
+                "where an image has any number of them. Take loss='kl'."
+            )

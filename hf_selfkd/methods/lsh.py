@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import add, cross_entropy, hash_loss, is_correct, masked_mean, squared_error
+from ..functional import add, hash_loss, is_correct, masked_mean, squared_error
 from ..models.outputs import MultiExitOutput
 from .averaged_teacher import FINAL, AveragedTeacher, check_teacher_decay
 from .base import Method, check_range, missing_scaffold
@@ -35,12 +35,14 @@ class LSH(Method):
             training; with ``"zero"`` all planes contain the origin, as on ImageNet. ``None`` is ``"median"`` with a
             teacher and ``"zero"`` without one, where medians are not possible: the features change in training.
         correct_only: Whether to mimic only images that the teacher predicts correctly, as in the authors' code for
-            single labels. For probabilities, the label is the most probable class.
+            single labels. For probabilities, the label is the most probable class. A multi-label model mimics all
+            images, as theirs does.
         teacher_decay: Share of the moving average that remains at each step, in [0, 1); ``None`` is 0.999.
     """
 
     name: ClassVar[str] = "lsh"
     paper: ClassVar[str] = "https://arxiv.org/abs/2011.01424"
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification")
 
     teacher: nn.Module | str | None = field(default=None, repr=False)
     mimic_weight: float = 6.0
@@ -111,12 +113,13 @@ class LSH(Method):
         teacher_features, teacher_logits = output.exit_features[-1], output.exit_logits[-1]
         if self.teacher is not None:
             teacher_features, teacher_logits = output.scaffold["teacher_features"], output.scaffold["teacher_logits"]
-        mask = is_correct(teacher_logits, labels) if self.correct_only else None
+        masks = self.correct_only and not output.is_multi_label
+        mask = is_correct(teacher_logits, labels) if masks else None
         errors = [squared_error(features, teacher_features) for features in students]
         target = output.scaffold["teacher_projection"]
         bits = [hash_loss(projection, target) for projection in output.scaffold["student_projections"]]
         return {
-            "label": cross_entropy(label_logits, labels),
+            "label": output.label_loss(label_logits, labels),
             "feature": self.mimic_weight * masked_mean(add(errors), mask),
             "hash": self.mimic_weight * masked_mean(add(bits), mask),
         }

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..functional import cross_entropy
 from ..models.outputs import MultiExitOutput
 from .base import Method
 
@@ -17,8 +16,8 @@ class NoDistillation(Method):
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "https://arxiv.org/abs/1512.03385"
     detach_exits: ClassVar[bool] = True
-    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "image-segmentation")
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification", "image-segmentation")
 
     def __call__(self, output: MultiExitOutput, labels: Tensor, epoch: float) -> dict[str, Tensor]:
-        """Return ``label``, the cross-entropy of the final exit."""
-        return {"label": cross_entropy(output.exit_logits[-1], labels)}
+        """Return ``label``, the label loss of the final exit."""
+        return {"label": output.label_loss(output.exit_logits[-1], labels)}

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import cross_entropy, disagreement, sigmoid_ramp, soften_kl
+from ..functional import disagreement, sigmoid_ramp
 from ..models.outputs import MultiExitOutput
-from .base import Method, check_range, missing_scaffold
+from .base import Method, check_range, divergence_of, missing_scaffold
 from .students import OVERLAPS, Students
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class OKDMDE(Method):
 
     name: ClassVar[str] = "okd_mde"
     paper: ClassVar[str] = "https://arxiv.org/abs/2010.00795"
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "multi-label-classification")
     detach_exits: ClassVar[bool] = True
 
     num_students: int = 3
@@ -85,16 +86,16 @@ class OKDMDE(Method):
         students, ensemble = _student_logits(output), output.scaffold["ensemble_logits"]
         ramp = sigmoid_ramp(math.floor(epoch) / self.ramp_epochs)  # published schedules change once per epoch
         return {
-            "label": cross_entropy(students[0], labels),
-            "students": cross_entropy(students[1:], labels),
-            "ensemble": cross_entropy(ensemble, labels),
-            "logit": ramp * soften_kl(students, ensemble, self.temperature),
+            "label": output.label_loss(students[0], labels),
+            "students": output.label_loss(students[1:], labels),
+            "ensemble": output.label_loss(ensemble, labels),
+            "logit": ramp * divergence_of(output)(students, ensemble, self.temperature),
             "overlap": self.overlap_weight * output.scaffold["overlap"],
         }
 
     def metrics(self, output: MultiExitOutput) -> dict[str, Tensor]:
         """Return the students' ``disagreement``, which is 0 if all branches are equal."""
-        return {"disagreement": disagreement(_student_logits(output))}
+        return {"disagreement": disagreement(_student_logits(output), multi_label=output.is_multi_label)}
 
     def detaches_exits(self, scaffold: Students) -> bool:
         """True unless the exits are students."""

@@ -43,8 +43,8 @@ class Teacher(nn.Module):
     Raises:
         TypeError: If ``teacher`` is none of these.
         ValueError: If nothing of that name exists, the teacher has other classes than the student, or the same in
-            another order, or shares weights with it, or ``with_features`` is set and the teacher has more than one
-            classifier.
+            another order, another ``problem_type``, or shares weights with it, or ``with_features`` is set and the
+            teacher has more than one classifier.
     """
 
     def __init__(self, teacher: nn.Module | str, model: nn.Module, *, with_features: bool = False):
@@ -56,6 +56,7 @@ class Teacher(nn.Module):
                 f"The teacher has {num_classes} classes, but the model has {model.config.num_labels}. "
                 "Choose a teacher that was trained on the classes of the data."
             )
+        _check_problem_type(network, model)
         check_match(network, model)
         if set(network.parameters()) & set(model.parameters()):
             raise ValueError("The teacher shares weights with the model in training. Pass a copy of it.")
@@ -146,6 +147,21 @@ def _num_classes(network: nn.Module) -> int:
         "teacher must be a timm model, a multi-exit model, a transformers image classifier, or the name of one, but "
         f"got {type(network).__name__}."
     )
+
+
+def _check_problem_type(network: nn.Module, model: nn.Module) -> None:
+    """Check that both networks return softmax outputs, or both sigmoid outputs, where the teacher's are known."""
+    if not isinstance(network, PreTrainedModel):
+        return
+    config = network.config
+    if config.problem_type is None and config.model_type != "multi_exit":
+        return
+    if (config.problem_type == "multi_label_classification") != model.config.is_multi_label:
+        raise ValueError(
+            f"The teacher has problem_type={config.problem_type!r}, but the model {model.config.problem_type!r}: the "
+            "outputs of one are those of a softmax, of the other of sigmoids. Choose a teacher that was trained for "
+            "the same."
+        )
 
 
 def final_layers(network: nn.Module) -> list[nn.Module]:

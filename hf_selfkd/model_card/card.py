@@ -68,7 +68,7 @@ def _write(model: PreTrainedModel, folder: Path, facts: CardFacts) -> None:
     counts = exit_counts(model) if task_of(model).exits_early else None
     curves = _anytime_curves(model, facts, counts[0]) if counts else {}
     if curves:
-        plot_curves(curves, str(folder / PICTURE))
+        plot_curves(curves, str(folder / PICTURE), task_of(model).metric.replace("_", " "))
     values = template_values(model, facts, counts, PICTURE if curves else None)
     card = ModelCard.from_template(card_metadata(model, facts), template_path=str(_TEMPLATE), **values)
     save_card(card, facts, folder)
@@ -87,14 +87,15 @@ def _anytime_curves(model: PreTrainedModel, facts: CardFacts, costs: list[int]) 
 
 def card_metadata(model: PreTrainedModel, facts: CardFacts) -> ModelCardData:
     """Return the Hub's metadata of a card: the library that loads the model, its tags, and a result per exit."""
-    metric = task_of(model).metric
+    task = task_of(model)
+    metric = task.metric
     sets = [(None, facts.metrics), *((result["name"], result["metrics"]) for result in facts.results)]
     found = [(split, name, score) for split, metrics in sets for name, score in exit_scores(model, metrics).items()]
     # The Hub refuses results without a dataset.
     has_dataset = facts.dataset or facts.dataset_tags
     results = [
         EvalResult(
-            task_type=model.task,
+            task_type=task.pipeline_tag,
             dataset_type=[*facts.dataset_tags, facts.dataset][0],
             dataset_name=facts.dataset or facts.dataset_tags[0],
             dataset_split=split,
@@ -108,7 +109,7 @@ def card_metadata(model: PreTrainedModel, facts: CardFacts) -> ModelCardData:
         language=facts.language,
         license=facts.license,
         library_name="peft" if is_adapter(model) else "transformers",
-        pipeline_tag=model.task,
+        pipeline_tag=task.pipeline_tag,
         tags=[*model.model_tags, *(method["name"] for method in facts.methods), *facts.tags],
         datasets=list(facts.dataset_tags) or None,
         base_model=facts.base_model,

@@ -79,7 +79,7 @@ def example(model: PreTrainedModel, repository: str) -> str:
     if is_adapter(model):
         return ADAPTER_EXAMPLE.format(repository=repository, model_class=type(model).__name__)
     if channels in (1, 3):
-        return task.example.format(repository=repository)
+        return task.example.format(repository=repository, num_labels=model.config.num_labels)
     sizes = {"channels": channels, "height": height, "width": width}
     return TENSOR_EXAMPLE.format(repository=repository, auto_class=task.auto_class, **sizes)
 

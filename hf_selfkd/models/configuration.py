@@ -74,6 +74,8 @@ class MultiExitConfig(PreTrainedConfig):
         image_processor_type: Class that ``AutoImageProcessor`` builds from this configuration.
         semantic_loss_ignore_index: Label of ignored pixels in semantic segmentation.
 
+    As in transformers, ``problem_type="multi_label_classification"`` makes every class a binary decision of its own.
+
     A configuration from the Hub is safe to read and to build from: it causes no download and no reading of other
     files. More than 200,000 classes, widths and numbers in ``backbone_kwargs`` above 65,536, images of more than 8,192
     pixels a side and models of more than 10 billion values are rejected before memory is allocated.
@@ -165,12 +167,25 @@ class MultiExitConfig(PreTrainedConfig):
         for name in ("exit_policy", "pretrained_cfg"):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise ValueError(f"{name} must be a dictionary or None, but got {getattr(self, name)!r}.")
-        if self.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"problem_type must be single_label_classification or None, but got {self.problem_type!r}: exits are "
-                "trained by cross-entropy over classes."
-            )
+        self._check_problem_type()
         self._check_image_size()
+
+    def _check_problem_type(self) -> None:
+        if self.problem_type not in (None, "single_label_classification", "multi_label_classification"):
+            raise ValueError(
+                "problem_type must be single_label_classification or None, or multi_label_classification, but got "
+                f"{self.problem_type!r}: exits are trained by cross-entropy over classes, or of each class."
+            )
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have any number of labels, as ``problem_type`` says, which may be set at any time.
+
+        Raises:
+            ValueError: If it was set to what this library does not have, such as ``regression``.
+        """
+        self._check_problem_type()
+        return self.problem_type == "multi_label_classification"
 
     def _check_what_transformers_acts_on(self, num_labels: int | None = None, **kwargs) -> None:
         """Check the fields that transformers acts on before those of this class are set."""

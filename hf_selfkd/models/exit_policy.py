@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .did_you_mean import did_you_mean
 from .frontier import best_point
+from .multi_label import mean_confidence, min_confidence
 from .policy_checks import check_numbers, check_thresholds
 
 
@@ -55,6 +56,7 @@ class Criterion:
         max_score: The largest possible score at an exit.
         uses_temperature: Whether the score depends on the temperature that the logits are divided by.
         uses_history: Whether the score at an exit depends on the predictions of earlier exits.
+        multi_label: Whether the probabilities are sigmoid outputs, of a multi-label model, instead of the softmax.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Criterion:
     max_score: Callable[[int], float] = lambda exit: 1.0
     uses_temperature: bool = True
     uses_history: bool = False
+    multi_label: bool = False
 
     def never(self, num_exits: int) -> float:
         """Return a threshold that no score reaches at any of ``num_exits`` exits."""
@@ -91,6 +94,18 @@ CRITERIA = {
             max_score=float,
             uses_temperature=False,
             uses_history=True,
+        ),
+        Criterion(
+            name="min_confidence",
+            description="the smallest of max(p, 1 - p) over all classes, with p the sigmoid of the logit",
+            score=min_confidence,
+            multi_label=True,
+        ),
+        Criterion(
+            name="mean_confidence",
+            description="the mean of max(p, 1 - p) over all classes, with p the sigmoid of the logit",
+            score=mean_confidence,
+            multi_label=True,
         ),
     )
 }
@@ -202,6 +217,16 @@ class ExitPolicy:
                 "this model."
             )
 
+    def check_task(self, *, multi_label: bool) -> None:
+        """Raise ValueError unless the criterion is one for models that are multi-label, or for others."""
+        if CRITERIA[self.criterion].multi_label != multi_label:
+            names = ", ".join(name for name, record in CRITERIA.items() if record.multi_label == multi_label)
+            wanted, given = ("sigmoid", "a softmax") if multi_label else ("softmax", "sigmoid")
+            raise ValueError(
+                f"The criterion '{self.criterion}' scores {given} outputs, but problem_type makes those of the model "
+                f"{wanted} outputs. Calibrate with one of {names}."
+            )
+
     def is_reachable(self, exit: int) -> bool:
         """Whether some score reaches the threshold of an exit; always so of the final exit, which has none."""
         return exit >= len(self.thresholds) or self.thresholds[exit] <= CRITERIA[self.criterion].max_score(exit)
@@ -223,9 +248,11 @@ class ExitPolicy:
             The scores ``(batch,)``, the confidences ``(batch,)``, and the history to pass in at the next exit.
         """
         limit = torch.finfo(torch.float32).max  # half precision overflows to infinity, whose softmax is NaN
-        probabilities = (logits.float() / self.temperatures[exit]).clamp(-limit, limit).softmax(dim=-1)
-        scores, history = CRITERIA[self.criterion].score(probabilities, history)
-        return scores, probabilities.amax(dim=-1), history
+        logits = (logits.float() / self.temperatures[exit]).clamp(-limit, limit)
+        criterion = CRITERIA[self.criterion]
+        probabilities = logits.sigmoid() if criterion.multi_label else logits.softmax(dim=-1)
+        scores, history = criterion.score(probabilities, history)
+        return scores, scores if criterion.multi_label else probabilities.amax(dim=-1), history
 
     def decide(self, exit_logits: Sequence[Tensor], thresholds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose an exit for each image, given the logits of all exits.
@@ -262,11 +289,13 @@ class ExitPolicy:
         return exit_index, chosen
 
 
-def resolve_policy(policy: ExitPolicy | None, configured: dict[str, Any] | None, num_exits: int) -> ExitPolicy:
+def resolve_policy(
+    policy: ExitPolicy | None, configured: dict[str, Any] | None, num_exits: int, *, multi_label: bool = False
+) -> ExitPolicy:
     """Return the given policy, or else the configured one, for a model with ``num_exits`` exits.
 
     Raises:
-        ValueError: If there is none, or it is for another number of exits.
+        ValueError: If there is none, or it is for another number of exits, or for models that are (not) multi-label.
     """
     if policy is None:
         if configured is None:
@@ -276,4 +305,5 @@ def resolve_policy(policy: ExitPolicy | None, configured: dict[str, Any] | None,
             )
         policy = ExitPolicy.from_dict(configured)
     policy.check_num_exits(num_exits)
+    policy.check_task(multi_label=multi_label)
     return policy

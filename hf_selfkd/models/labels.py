@@ -13,7 +13,10 @@ from torch import Tensor
 UNLABELLED = -100
 # Of the sum of probabilities: rounding in bfloat16 stays below it.
 _TOLERANCE = 1e-2
-_SEVERAL_CLASSES = 'For images with several classes build the model with problem_type="multi_label_classification".'
+_SEVERAL_CLASSES = (
+    'For images with several classes build the model with problem_type="multi_label_classification", and calibrate it '
+    'with criterion="min_confidence".'
+)
 
 
 def class_labels(labels: Any, num_labels: int, name: str, *, check_values: bool = True) -> Tensor:
@@ -75,6 +78,41 @@ def as_classes(labels: Tensor) -> Tensor:
     if not labels.is_floating_point():
         return labels
     return labels.argmax(dim=1).where(labels.sum(dim=1) > 0, UNLABELLED)
+
+
+def label_sets(labels: Any, num_labels: int, name: str, *, check_values: bool = True) -> Tensor:
+    """Check and convert the labels of images with any number of classes each.
+
+    Args:
+        labels: A tensor, an array or a list ``(images, classes)``: 0 or 1 of any type, or probabilities; -100 or NaN
+            where unknown.
+        num_labels: Number of classes.
+        name: As for :func:`class_labels`.
+        check_values: As for :func:`class_labels`.
+
+    Returns:
+        ``(images, classes)`` in float32. Unknown labels are NaN, so that mixing one with another image's label gives
+        an unknown one, and a loss that does not know of them is not finite.
+
+    Raises:
+        ValueError: If the labels are of another kind, or neither probabilities nor unknown.
+    """
+    found = _as_tensor(labels)
+    if found is None or found.dim() != 2 or found.shape[1] != num_labels:
+        raise ValueError(
+            f"{name} has the label {_shown(labels)}, but problem_type is multi_label_classification, where a label is "
+            f"a vector of {num_labels} values, one for every class: 1 where the image has it, 0 where not and "
+            f"{UNLABELLED} where unknown."
+        )
+    found = found.float()
+    found = found.masked_fill(found == UNLABELLED, torch.nan)
+    wrong = found[(found < 0) | (found > 1)] if check_values else ()
+    if len(wrong):
+        raise ValueError(
+            f"{name} has {wrong[0].item():g} in its label, but in a multi-label one a class has 1 or 0, a probability "
+            f"between, or {UNLABELLED} where unknown."
+        )
+    return found
 
 
 def label_maps(

@@ -86,10 +86,14 @@ def cross_entropy(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     Raises:
         ValueError: If ``labels`` has neither of these shapes.
     """
+    replaced = replaced_loss(logits, labels)
+    return weighted_cross_entropy(logits, labels) if replaced is None else replaced
+
+
+def replaced_loss(logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor | None:
+    """Return the sum over exits of the loss that :func:`label_loss` put in place, ``None`` if there is none."""
     replaced = getattr(_replaced, "loss", None)
-    if replaced is not None:
-        return add(replaced(each, labels) for each in as_sequence(logits))
-    return weighted_cross_entropy(logits, labels)
+    return None if replaced is None else add(replaced(each, labels) for each in as_sequence(logits))
 
 
 def weighted_cross_entropy(

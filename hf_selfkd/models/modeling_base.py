@@ -16,8 +16,7 @@ from .exit_policy import resolve_policy
 from .freezing import BackboneFreezing
 from .hooks import attach_hooks
 from .layers import GroupedLayers
-from .loss import cross_entropy
-from .outputs import MultiExitOutput
+from .outputs import MultiExitOutput, MultiLabelOutput
 from .rebuild import check_rebuilds
 from .stages import Anatomy, choose_stages
 from .timm_factory import create_backbone, create_recorded, data_config
@@ -67,7 +66,7 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
         config.pretrained_cfg = data_config(self.backbone, config.small_input_stem) | (config.pretrained_cfg or {})
         self.exit_stages = self._choose_exit_stages()
         if config.early_exit or config.exit_policy is not None:
-            resolve_policy(None, config.exit_policy, self.num_exits)
+            resolve_policy(None, config.exit_policy, self.num_exits, multi_label=config.is_multi_label)
 
     @classmethod
     def from_backbone(
@@ -150,8 +149,9 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
         logits = exit_logits[-1]
         if self.config.ensemble and not self.training:
             logits = torch.stack(exit_logits).mean(dim=0)
-        output = MultiExitOutput(
-            loss=None if labels is None else cross_entropy(logits, labels),
+        output_class = MultiLabelOutput if self.config.is_multi_label else MultiExitOutput
+        output = output_class(
+            loss=None if labels is None else output_class.label_loss(logits, labels),
             logits=logits,
             exit_logits=exit_logits,
             **found,

@@ -17,6 +17,7 @@ from .heads import create_head
 from .hooks import Collector, check_seen, join_features, run
 from .inputs import prepare_images, size_error
 from .modeling_base import MultiExitPreTrainedModel
+from .multi_label import MULTI_LABEL
 from .outputs import EarlyExitOutput, MultiExitOutput
 from .stages import choose_stages
 from .timm_checkpoint import save_timm_checkpoint
@@ -60,7 +61,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
         Args:
             pixel_values: ``(batch, channels, height, width)``, of any floating point type; networks of grey images
                 take RGB too.
-            labels: Class indices ``(batch,)`` or probabilities ``(batch, classes)``; adds ``loss``.
+            labels: Class indices ``(batch,)`` or probabilities ``(batch, classes)``; adds ``loss``. For multi-label
+                classification as :func:`~hf_selfkd.models.multi_label.binary_cross_entropy` takes them.
             output_hidden_states: Whether to return the feature maps of all stages; always so in training, unless
                 ``returns_maps`` is false.
             return_dict: ``False`` returns a tuple. ``None``, here and above, takes the configuration's field.
@@ -102,6 +104,11 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             exit_maps=exit_maps,
             stage_outputs=stage_outputs,
         )
+
+    @property
+    def task(self) -> str:
+        """The task that ``config.problem_type`` names, which may be set at any time."""
+        return MULTI_LABEL if self.config.is_multi_label else "image-classification"
 
     @property
     def classifiers(self) -> list[nn.Module]:
@@ -180,7 +187,8 @@ class MultiExitForImageClassification(MultiExitPreTrainedModel):
             raise ValueError("early_exit needs a model in eval mode, but it is in training mode. Call model.eval().")
         if thresholds is not None and target_cost is not None:
             raise ValueError("thresholds and target_cost both decide when images exit. Give one of them.")
-        policy = resolve_policy(policy, self.config.exit_policy, self.num_exits)
+        config = self.config
+        policy = resolve_policy(policy, config.exit_policy, self.num_exits, multi_label=config.is_multi_label)
         policy = policy if target_cost is None else policy.at(target_cost)
         pixel_values = prepare_images(self.backbone, pixel_values, self.num_channels)
         try:

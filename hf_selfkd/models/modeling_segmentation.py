@@ -61,6 +61,7 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                     f"{name} is for image classification, but got {name}={getattr(config, name)!r} for segmentation. "
                     "Leave it at its default; pyramid_width sets the width of the pyramid."
                 )
+        _check_problem_type(config)
         anatomy = rehearse(MultiExitForSemanticSegmentation, config) if backbone is None else None
         super().__init__(config, backbone, anatomy)
         if config.image_processor_type == MultiExitConfig.image_processor_type:
@@ -129,6 +130,7 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
                 if the images are integers, or the backbone does not take their size or channels; or in training, for
                 a single image that is too small.
         """
+        _check_problem_type(self.config)
         output_hidden_states, return_dict = self._as_configured(output_hidden_states, return_dict)
         pixel_values = prepare_images(self.backbone, pixel_values, self.num_channels)
         if labels is not None:
@@ -197,3 +199,11 @@ class MultiExitForSemanticSegmentation(MultiExitPreTrainedModel):
     def _save_image_processor(self, folder: str | os.PathLike) -> None:
         if self.config.image_processor_type == SegformerImageProcessor.__name__:
             self.create_image_processor().save_pretrained(folder)
+
+
+def _check_problem_type(config: MultiExitConfig) -> None:
+    if config.is_multi_label:
+        raise ValueError(
+            f"problem_type={config.problem_type!r} is for image classification, but the model is for segmentation, "
+            "where a pixel has one class. Set problem_type to None."
+        )

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from .loss import cross_entropy
+from .multi_label import binary_cross_entropy
+
 
 @dataclass
 class MultiExitOutput(ModelOutput):
@@ -29,6 +32,12 @@ class MultiExitOutput(ModelOutput):
         scaffold: Outputs of ``model.scaffold``, the modules used only in training.
         sample_indices: Indices of the images in the training data, ``(batch,)``; set by the training loop, for methods
             that keep something for each image.
+
+    Attributes:
+        label_loss: The loss of logits, of one exit or a sequence of exits, by labels:
+            :func:`~hf_selfkd.models.loss.cross_entropy`, or of a multi-label model
+            :func:`~hf_selfkd.models.multi_label.binary_cross_entropy`.
+        is_multi_label: Whether each logit is a binary decision of its own.
     """
 
     loss: Tensor | None = None
@@ -39,6 +48,10 @@ class MultiExitOutput(ModelOutput):
     stage_outputs: tuple | None = None
     scaffold: dict | None = None
     sample_indices: Tensor | None = None
+
+    # Without annotations, because a dataclass would take them for outputs.
+    label_loss = staticmethod(cross_entropy)
+    is_multi_label = False
 
     # transformers' pipelines split a batch by the items of its output. They index a tuple by the image, and a nested
     # output tensor by tensor, which is right for exits. All else, pytrees included, sees the tuples.
@@ -76,13 +89,22 @@ def as_tuples(values: Any) -> Any:
 
 
 @dataclass
+class MultiLabelOutput(MultiExitOutput):
+    """Outputs of all exits of a multi-label model; ``loss`` is the binary cross-entropy of ``logits``."""
+
+    label_loss = staticmethod(binary_cross_entropy)
+    is_multi_label = True
+
+
+@dataclass
 class EarlyExitOutput(ModelOutput):
     """Outputs of the exit that each image took.
 
     Args:
         logits: ``(batch, classes)``, rows in the order of the input.
         exit_index: ``(batch,)``, the exit of each image, from 0, first to last.
-        confidence: ``(batch,)`` in [0, 1], the largest softmax probability at that exit, after its temperature.
+        confidence: ``(batch,)`` in [0, 1], the largest softmax probability at that exit, after its temperature; of a
+            multi-label model the score by which it exits.
     """
 
     logits: Tensor | None = None

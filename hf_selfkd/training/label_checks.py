@@ -39,6 +39,9 @@ class LabelCheck(NamedTuple):
             return sample
         label = sample[name]
         converted = self.convert([label], sample, f"Sample {index} of the {self.name} data")
+        if name == "label" and getattr(label, "ndim", 0) > 0:
+            # The stock collator takes a tensor or array of this name for a single number.
+            return {key: value for key, value in sample.items() if key != name} | {"labels": label}
         if converted.dim() > 1 or isinstance(label, (int, Tensor)):
             return sample
         return {**sample, name: converted.item()}  # the stock collator takes some integers of numpy for floats

@@ -119,10 +119,16 @@ def attach_method(
         raise ValueError(f"card has per_class=True, but {network.task} has no single class per image. Leave it out.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("No parameter is left to train: the backbone is frozen and the model has no exits.")
-    if not task_of(network).takes_soft_labels and (args.label_smoothing_factor or has_mix):
+    task = task_of(network)
+    if not task.takes_soft_labels and (args.label_smoothing_factor or has_mix):
         raise ValueError(
             f"label_smoothing_factor and mix make probabilities of labels, which {network.task} does not take. Do not "
             "set them."
+        )
+    if not task.takes_label_smoothing and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} spreads one label over all classes, but "
+            f"{network.task} has a label for every class. Leave it at 0; labels of the data may be probabilities."
         )
     warn_of_frozen_heads(model)
     if args.save_strategy != SaveStrategy.NO and not is_adapted(network):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from ..functional import add, counted_over_processes, cross_entropy, label_loss
+from ..functional import add, counted_over_processes, label_loss
 from ..methods import Method, get_method
 from ..methods.base import multi_exit_model
 from ..model_card.card import write_model_card
@@ -190,9 +190,10 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         if self.model.training:
             loss, output = self._training_loss(model, images, labels)
         else:
+            # With labels all exits run, whatever config.early_exit is.
             output = model(images, labels=labels, return_dict=True)
             with label_loss(None if self.compute_loss_func is None else self.label_loss):
-                loss = cross_entropy(output.exit_logits[-1], labels)
+                loss = output.label_loss(output.exit_logits[-1], labels)
         return (loss, output) if return_outputs else loss
 
     def _training_loss(self, model: nn.Module, images: Tensor, labels: Tensor):

@@ -107,7 +107,7 @@ def test_an_accuracy_drop_is_kept_at_the_least_cost(logits, every_combination, d
     assert cost <= best + 0.002
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [name for name, record in CRITERIA.items() if not record.multi_label])
 def test_every_criterion(logits, criterion):
     policy = calibrate(*logits, COSTS, target_cost=0.7, criterion=criterion)
     assert policy.criterion == criterion

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_selfkd import MultiExitAccuracy
+from hf_selfkd import MultiExitAccuracy, MultiExitAveragePrecision
 from hf_selfkd.evaluation.classification import compute_class_metrics, reduce_class_logits
+from hf_selfkd.evaluation.multi_label import compute_binary_metrics, reduce_binary_logits
 
 
 @pytest.fixture
@@ -97,3 +98,20 @@ def test_shapes_that_do_not_fit(metric, predictions):
         metric.add_batch(predictions=logits[:, 0], references=labels)
     with pytest.raises(ValueError, match=r"got \(3, 20, 4\) and \(20,\). Stack the exits' logits along dimension 1"):
         metric.add_batch(predictions=np.swapaxes(logits, 0, 1), references=labels)
+
+
+def test_multi_label_values_equal_those_of_the_trainer(tmp_path):
+    labels = (torch.rand(20, 4) > 0.6).long()
+    labels[3, 1] = -100
+    exit_logits = [torch.randn(20, 4) + skill * labels.clamp(min=0) for skill in (0.5, 2)]
+    expected = compute_binary_metrics(*reduce_binary_logits(exit_logits, labels))
+    logits = torch.stack(exit_logits, dim=1)
+    metric = MultiExitAveragePrecision(cache_dir=str(tmp_path))
+    assert metric.compute(predictions=logits, references=labels) == pytest.approx(expected)
+    for start in range(0, 16, 8):
+        metric.add_batch(predictions=logits[start : start + 8].numpy(), references=labels[start : start + 8].numpy())
+    for image, label in zip(logits[16:], labels[16:], strict=True):
+        metric.add(prediction=image, reference=label)
+    assert metric.compute() == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"and labels shaped \(images, classes\), but got \(20, 2, 4\) and \(20,\)"):
+        metric.add_batch(predictions=logits, references=labels[:, 0])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_selfkd.models.labels import class_labels, label_maps
+from hf_selfkd.models.labels import class_labels, label_maps, label_sets
 
 NAME = "Sample 1 of the training data"
 INTEGERS = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
@@ -122,3 +122,26 @@ def test_values_are_not_read_where_that_would_wait():
     assert maps(torch.full((1, 8, 8), 7), check_values=False).unique().tolist() == [7]
     with pytest.raises(ValueError, match="has the label"):
         class_labels(torch.zeros(2, 3), 5, NAME, check_values=False)
+
+
+# Label sets
+
+
+def test_label_sets_of_any_type():
+    expected = torch.tensor([[1.0, 0.0, torch.nan]])
+    for labels in ([[1, 0, -100]], torch.tensor([[1, 0, -100]]), np.array([[1.0, 0.0, np.nan]])):
+        assert_close(label_sets(labels, 3, NAME), expected, equal_nan=True)
+    assert_close(label_sets([np.array([True, False, True])], 3, NAME), torch.tensor([[1.0, 0.0, 1.0]]))
+    assert_close(label_sets(torch.tensor([[7.0, 0.5, 0.0]]), 3, NAME, check_values=False)[0, 0], torch.tensor(7.0))
+
+
+@pytest.mark.parametrize("labels", [[3], [[1, 0]], ["cat"], [[[1, 0, 1]]], torch.zeros(3, 2)])
+def test_what_is_no_label_set_is_refused(labels):
+    with pytest.raises(ValueError, match=f"^{NAME} has the label .* a vector of 3 values, one for every class"):
+        label_sets(labels, 3, NAME)
+
+
+@pytest.mark.parametrize("wrong", [2, -1, 1.5])
+def test_values_that_are_no_probabilities_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"^{NAME} has {wrong} in its label, but"):
+        label_sets([[1, wrong, 0]], 3, NAME)
