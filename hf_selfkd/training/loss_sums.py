@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from .versions import exclude_step_from_train_loss
+
 # Fields of Trainer, and their use in this module. They exist from the beginning of training.
 PRIVATE_FIELDS = {
     "_tr_loss": "the loss since the last log entry, on this process: saved, restored, and reset for a skipped step",
@@ -64,7 +66,7 @@ class LossSums:
         """
         self._trainer._tr_loss.copy_(before["loss"])
         self._trainer._globalstep_last_logged += 1
-        self._trainer._initial_global_step += 1
+        exclude_step_from_train_loss(self._trainer)
         self._terms.clear()
         self._terms.update(before["terms"])
         self._steps = before["steps"]
