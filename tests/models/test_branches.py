@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+
 from tests.helpers.versions import checkpoint_activations
 
 # With what it takes to run on 32-pixel images; every kind of stage output: maps, NHWC maps, tokens with and without
