@@ -1,6 +1,7 @@
 """Sums of the loss and its terms since the last log entry.
 
-Trainer keeps those of the loss in private fields. Only this module touches them, and a test pins them.
+Trainer keeps those of the loss in private fields. Only this module touches them, and `versions` one that not all
+versions have; a test pins them.
 """
 
 from collections import defaultdict
@@ -17,7 +18,6 @@ PRIVATE_FIELDS = {
     "_tr_loss": "the loss since the last log entry, on this process: saved, restored, and reset for a skipped step",
     "_globalstep_last_logged": "the step of that entry: saved, restored, and moved on by a skipped step",
     "_total_loss_scalar": "the loss in earlier log entries of this call, for train_loss: corrected when resuming",
-    "_initial_global_step": "the step this call began at, for train_loss: moved on by a skipped step",
 }
 
 
