@@ -10,6 +10,9 @@ TRANSFORMERS, TORCH = (Version(package.__version__).release for package in (tran
 needs_train_loss_of_the_call = pytest.mark.skipif(
     TRANSFORMERS < (5, 19), reason="before transformers 5.19, train_loss divides by the steps of earlier calls too"
 )
+needs_sharding_on_cpus = pytest.mark.skipif(
+    TORCH < (2, 11), reason="before torch 2.11, FSDP2 on gloo computes wrong gradients, also of other modules"
+)
 
 
 def checkpoint_activations(model, enable=True):
