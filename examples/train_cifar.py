@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None, kinds=(ModelArguments, DataArguments, Re
         print(f"\n{to_table(exit_rows(model, metrics, exit_costs(model)))}\n\nSaved to {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

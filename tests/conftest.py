@@ -10,6 +10,8 @@ _HF_HOME = tempfile.TemporaryDirectory(prefix="hf_home_")
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=_HF_HOME.name, OMP_NUM_THREADS="1")
 for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_ENDPOINT"):
     os.environ.pop(name, None)  # would take precedence over HF_HOME, or sign in
+# Workers of pytest-xdist inherit it: listing the fonts takes matplotlib seconds.
+os.environ.setdefault("MPLCONFIGDIR", os.path.join(_HF_HOME.name, "matplotlib"))
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """Which module may import which: checkpoints carry models/, and imports run one way."""
 
+import ast
+
 import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -7,6 +9,8 @@ from tests.helpers.layering import MODELS, PACKAGE, imports, shipped_modules
 
 # All that loading with trust_remote_code may require: the last two come with transformers.
 SHIPPED = {"torch", "timm", "transformers", "huggingface_hub", "safetensors"}
+# What the extras bring.
+EXTRAS = {"matplotlib", "onnx", "onnxruntime", "onnxscript", "scipy", "sklearn"}
 # The parts of this package that a folder or module may import, besides itself. Only the package imports training.
 ALLOWED = {
     "models": (),
@@ -54,6 +58,13 @@ def test_evaluate_is_imported_only_when_its_metric_is_asked_for():
     importers = [path for path in FILES if "evaluate" in imports(path)[1]]
     assert [path.stem for path in importers] == ["hf_evaluate"]
     assert not any("evaluation.hf_evaluate" in imports(path)[0] for path in FILES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_packages_of_extras_are_imported_in_functions_only(path):
+    nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {getattr(node, "module", None) or node.names[0].name for node in nodes}
+    assert not {name.split(".")[0] for name in names} & EXTRAS
 
 
 def test_arithmetic_knows_torch_only():

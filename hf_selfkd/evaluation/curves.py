@@ -123,8 +123,14 @@ def plot_curves(curves: dict[str, Sequence[dict[str, float]]], path: str, score:
         curves: Rows of :func:`anytime_curve` and :func:`budgeted_curve`, by their names in the legend.
         path: File to write; its ending decides the format.
         score: Name of what the rows have as ``accuracy``.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A plot needs matplotlib. Run pip install hf_selfkd[plots].") from error
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()

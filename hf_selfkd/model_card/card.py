@@ -1,6 +1,7 @@
 """Model cards: template.md and the Hub's metadata, rendered from the facts of a run."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ _TEMPLATE = Path(__file__).parent / "template.md"
 def write_model_card(model: PreTrainedModel, folder: str | Path, facts: CardFacts) -> None:
     """Write ``README.md``, the anytime curve and ``card_facts.json`` into a folder. Unknown facts are left out.
 
-    Runs no forward pass: multiply-adds and parameters per exit are counted on the meta device.
+    The curve is drawn where matplotlib is installed (``hf_selfkd[plots]``). Runs no forward pass: multiply-adds and
+    parameters per exit are counted on the meta device.
 
     Args:
         model: A multi-exit model.
@@ -67,9 +69,10 @@ def _write(model: PreTrainedModel, folder: Path, facts: CardFacts) -> None:
     facts = as_stored(facts)
     counts = exit_counts(model) if task_of(model).exits_early else None
     curves = _anytime_curves(model, facts, counts[0]) if counts else {}
-    if curves:
+    has_picture = bool(curves) and find_spec("matplotlib") is not None
+    if has_picture:
         plot_curves(curves, str(folder / PICTURE), task_of(model).metric.replace("_", " "))
-    values = template_values(model, facts, counts, PICTURE if curves else None)
+    values = template_values(model, facts, counts, PICTURE if has_picture else None)
     card = ModelCard.from_template(card_metadata(model, facts), template_path=str(_TEMPLATE), **values)
     save_card(card, facts, folder)
 

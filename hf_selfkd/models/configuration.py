@@ -32,6 +32,7 @@ MAX_SIZE = 65_536
 MAX_IMAGE_SIDE = 8_192
 # Fields that transformers itself writes into a configuration or accepts in one, besides its declared ones.
 _TRANSFORMERS_FIELDS = {
+    "_commit_hash",
     "_name_or_path",
     "attn_implementation",
     "auto_map",

@@ -1,6 +1,7 @@
 """Sums of the loss and its terms since the last log entry.
 
-Trainer keeps those of the loss in private fields. Only this module touches them, and a test pins them.
+Trainer keeps those of the loss in private fields. Only this module touches them, and `versions` one that not all
+versions have; a test pins them.
 """
 
 from collections import defaultdict
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from .versions import exclude_step_from_train_loss
+
 # Fields of Trainer, and their use in this module. They exist from the beginning of training.
 PRIVATE_FIELDS = {
     "_tr_loss": "the loss since the last log entry, on this process: saved, restored, and reset for a skipped step",
     "_globalstep_last_logged": "the step of that entry: saved, restored, and moved on by a skipped step",
     "_total_loss_scalar": "the loss in earlier log entries of this call, for train_loss: corrected when resuming",
-    "_initial_global_step": "the step this call began at, for train_loss: moved on by a skipped step",
 }
 
 
@@ -68,7 +70,7 @@ class LossSums:
         """
         self._trainer._tr_loss.copy_(before["loss"])
         self._trainer._globalstep_last_logged += 1
-        self._trainer._initial_global_step += 1
+        exclude_step_from_train_loss(self._trainer)
         self._terms.clear()
         self._terms.update(before["terms"])
         self._steps = before["steps"]

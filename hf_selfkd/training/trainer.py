@@ -317,6 +317,8 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         if not self.args.push_to_hub:
             self.save_model(_internal_call=True)  # the repository is yet to be created, and that may fail
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:
+                self.args.hub_private_repo = private  # an argument of the stock method from transformers 5.23 only
+            self.init_hf_repo(token=token)
         hub.ensure_branch(self, revision or self.args.hub_revision, token)
-        return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)
+        return super().push_to_hub(commit_message, blocking, token, revision, **facts)

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import timm
@@ -109,6 +110,13 @@ def test_curves(tmp_path):
     assert len(to_table(anytime).splitlines()) == 5
     plot_curves({"exits": anytime, "policies": budgeted}, str(tmp_path / "curve.png"))
     assert Image.open(tmp_path / "curve.png").size[0] > 300
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    with pytest.raises(ImportError, match=r"pip install hf_selfkd\[plots\]"):
+        plot_curves({}, "curve.png")
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])

@@ -5,6 +5,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageClassification
 
 from hf_selfkd import MultiExitOutput, get_method
+from tests.helpers.versions import checkpoint_activations
 
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
@@ -282,7 +283,7 @@ def test_gradient_checkpointing_changes_nothing(build_with_teacher, batch):
     for checkpointing in (False, True):
         model, method = build_with_teacher()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         terms = method(model(batch["pixel_values"]), batch["labels"], 0.0)
         sum(terms.values()).backward()
         found.append((terms, next(model.backbone.parameters()).grad))

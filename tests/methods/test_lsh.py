@@ -12,6 +12,7 @@ from hf_selfkd.functional import hash_loss, hash_projection, is_correct, masked_
 from hf_selfkd.methods.lsh import LSH
 from tests.helpers.processes import run_in_processes
 from tests.helpers.runs import same_weights
+from tests.helpers.versions import checkpoint_activations
 
 SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "img_size": 32}
 SWIN |= {"patch_size": 2, "window_size": 4}
@@ -316,7 +317,7 @@ def test_gradient_checkpointing_changes_nothing(build, batch, teacher):
     for checkpointing in (False, True):
         model = build().train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         method = get_method("lsh", teacher=teacher, correct_only=False)
         model.scaffold = method.scaffold(model)
         sum(method(model(batch["pixel_values"]), batch["labels"], 0.0).values()).backward()

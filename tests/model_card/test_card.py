@@ -265,6 +265,17 @@ def test_metrics_of_ones_own(build, images, train, tmp_path):
     assert (tmp_path / "run" / "README.md").read_text().count("| f1 | 0.25 |") == 2
 
 
+def test_a_card_without_matplotlib_has_no_picture(build, train, tmp_path, monkeypatch):
+    trainer = train(build(), max_steps=1)
+    trainer.evaluate()
+    trainer.save_model(tmp_path / "with")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    trainer.save_model(tmp_path / "without")
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("with", "without")]
+    assert ["anytime_curve.png" in card for card in cards] == [True, False]
+    assert [(tmp_path / name / "anytime_curve.png").exists() for name in ("with", "without")] == [True, False]
+
+
 def test_the_best_weights_come_with_their_own_accuracy(build, train, tmp_path):
     options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     trainer = train(build(), num_train_epochs=3, learning_rate=0.5, metric_for_best_model="eval_accuracy", **options)

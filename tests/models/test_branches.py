@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.versions import checkpoint_activations
+
 # With what it takes to run on 32-pixel images; every kind of stage output: maps, NHWC maps, tokens with and without
 # prefix, and trunks that read a grid, a relative position or a convolutional stem.
 BACKBONES = {
@@ -146,7 +148,7 @@ def test_a_copy_takes_other_batch_and_image_sizes(build):
 
 def test_a_copy_of_a_frozen_checkpointed_backbone_trains_without_checkpointing(build):
     model = build("test_resnet")
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     model.freeze_backbone()
     tail = model.copy_tail()
     assert all(parameter.requires_grad for parameter in tail.parameters()) and tail.backbone.layer4.training

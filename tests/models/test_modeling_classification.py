@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_selfkd import MultiExitForImageClassification, MultiExitOutput, exit_costs
 from hf_selfkd.functional import cross_entropy
 from tests.helpers.models import DEIT, SWIN, build_copy
+from tests.helpers.versions import checkpoint_activations
 
 BACKBONES = {
     "test_resnet": {},
@@ -82,9 +83,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, kwargs):
     for checkpointing in (False, True):
         model = create(name, kwargs, small_input_stem=name in ("test_resnet", "test_efficientnet")).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
-            model.activation_checkpointing_disable()
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
+            checkpoint_activations(model, False)
+            checkpoint_activations(model)
         torch.manual_seed(1)
         output = model(images)
         sum(cross_entropy(logits, labels) for logits in output.exit_logits).backward()
@@ -109,7 +110,7 @@ def test_gradient_checkpointing_saves_activations():
 
     plain = create("test_vit", BACKBONES["test_vit"]).train()
     checkpointed = create("test_vit", BACKBONES["test_vit"]).train()
-    checkpointed.activation_checkpointing_enable()
+    checkpoint_activations(checkpointed)
     assert saved_bytes(checkpointed) < 0.5 * saved_bytes(plain)
 
 

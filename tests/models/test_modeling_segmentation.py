@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 
 from hf_selfkd import MultiExitConfig, MultiExitForSemanticSegmentation, get_method
+from tests.helpers.versions import checkpoint_activations
 
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
@@ -161,7 +162,7 @@ def test_gradient_checkpointing_changes_nothing(build_segmenter, images, labels)
     for checkpointing in (False, True):
         model = build_segmenter()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         loss = model(images, labels).loss
         loss.backward()
         found.append((loss, next(model.backbone.parameters()).grad))

@@ -12,6 +12,7 @@ from hf_selfkd import SelfDistillationTrainer, get_method
 from hf_selfkd.training.nonfinite import _local_grad_norm
 from hf_selfkd.training.settings import swapped
 from tests.helpers.runs import losses, same_weights
+from tests.helpers.versions import needs_train_loss_of_the_call
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -126,8 +127,14 @@ def test_means_are_over_the_steps_that_were_taken(build, train, poisoned, tmp_pa
     assert sum(value for name, value in entry.items() if name.startswith("loss/")) == pytest.approx(
         entry["loss"], rel=1e-5
     )
-    assert once.state.log_history[-1]["train_loss"] == pytest.approx(entry["loss"], rel=1e-6)
     assert math.isfinite(entry["grad_norm"])
+
+
+@needs_train_loss_of_the_call
+def test_train_loss_is_over_the_steps_that_were_taken(build, train, poisoned):
+    data = {"train_dataset": poisoned(), "max_skipped_batches": 1}
+    trainer = train(build(), trainer_kwargs=data, logging_steps=4)
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(losses(trainer)[0], rel=1e-6)
 
 
 def test_the_guard_changes_nothing_where_all_is_finite(build, train, tmp_path):

@@ -13,6 +13,7 @@ from hf_selfkd import get_method
 from hf_selfkd.functional import cross_entropy
 from hf_selfkd.training.resume import check_checkpoint, check_finite, inference_weights
 from tests.helpers.runs import Augmented, Once, losses, same_weights
+from tests.helpers.versions import needs_train_loss_of_the_call
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
 
@@ -65,6 +66,7 @@ def test_resuming_with_other_settings_is_refused(build, scaffolded, tmp_path, tr
         train(build(), scaffolded, resume=checkpoint)
 
 
+@needs_train_loss_of_the_call
 def test_train_loss_is_the_mean_over_the_steps_of_the_call(build, train, tmp_path):
     uninterrupted = train(build(), logging_steps=4, save_strategy="steps", save_steps=3)
     resumed = train(build(), logging_steps=4, resume=str(tmp_path / "run" / "checkpoint-3"))

@@ -15,6 +15,7 @@ from hf_selfkd.training.checkpoints import SCAFFOLD_NAME, load_scaffold, save_st
 from hf_selfkd.training.distributed import gather_state, is_sharded, unsharded
 from tests.helpers.data_parallel import CASES, GLOBAL_BATCH, network, samples, teacher
 from tests.helpers.processes import replace_batch_norm, run_in_processes
+from tests.helpers.versions import needs_sharding_on_cpus
 
 COMPLETE = StateDictOptions(full_state_dict=True, strict=False)
 
@@ -127,11 +128,13 @@ def train_sharded(rank, cases, folder):
         AveragedTeacher(network("test_vit"), None).start(model)
 
 
+@needs_sharding_on_cpus
 @pytest.mark.slow
 def test_sharded_training_is_that_of_one_process(tmp_path):
     run_in_processes(train_sharded, 2, ["lsh with a teacher"], tmp_path)
 
 
+@needs_sharding_on_cpus
 @pytest.mark.slow
 def test_every_method_trains_sharded(tmp_path):
     # Averaged teachers are refused, and ps_kd needs the indices of the images.

@@ -171,12 +171,15 @@ def test_every_argument_of_loaders_has_its_effect_on_streams():
     settings = {"num_workers": 1, "pin_memory": False, "persistent_workers": True, "prefetch_factor": 3}
     settings |= {"in_order": False, "multiprocessing_context": "spawn"}
     known = {field.name for field in fields(TrainingArguments) if field.name.startswith("dataloader_")}
-    assert known == {f"dataloader_{name}" for name in (*settings, "drop_last")}
+    assert known <= {f"dataloader_{name}" for name in (*settings, "drop_last")}
+    settings = {name: value for name, value in settings.items() if f"dataloader_{name}" in known}
     options = {f"dataloader_{name}": value for name, value in settings.items()}
     args = TrainingArguments(use_cpu=True, max_steps=1, **options)
     loader = SelfDistillationTrainer(network("test_vit"), args, train_dataset=stream()).get_train_dataloader().loader
     found = {name: getattr(loader, name) for name in settings}
-    assert found | {"multiprocessing_context": loader.multiprocessing_context.get_start_method()} == settings
+    if "multiprocessing_context" in settings:  # in_order and this are arguments from transformers 5.15
+        found["multiprocessing_context"] = loader.multiprocessing_context.get_start_method()
+    assert found == settings
 
 
 def test_streams_are_evaluated(tmp_path):
