@@ -45,9 +45,7 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
     accepts_loss_kwargs = False
     model_tags = ["hf_selfkd", "timm", "image-classification", "multi-exit", "self-distillation", "early-exit"]
     task = "image-classification"
-    # The classes that load a checkpoint without this library, by their auto class.
-    auto_classes: dict[str, str] = {}
-
+    auto_classes: dict[str, str] = {}  # the classes that load a checkpoint without this library, by auto class
     # Set by Method.attach. Exits that read detached feature maps leave the training of the backbone unchanged.
     detach_exits = False
     # Likewise: whether feature maps are returned in training. Otherwise only the scaffold reads them.
@@ -75,17 +73,15 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
         """Build a model on a timm backbone, pretrained or not.
 
         Args:
-            backbone: Any name that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included. A file of
-                weights is given as ``backbone_kwargs={"checkpoint_path": ...}``. Or a model that
-                ``timm.create_model`` built, which is copied with its weights, on its device and in its precision.
+            backbone: Any name that ``timm.create_model`` takes, ``hf-hub:`` and ``local-dir:`` included, a file of
+                weights as ``backbone_kwargs={"checkpoint_path": ...}``; or a model that it built, which is copied.
             pretrained: Whether to load timm's weights, for a name.
-            num_labels: Number of classes; ``None`` keeps timm's classifier and, if it has weights, its label names.
+            num_labels: Number of classes; ``None`` keeps timm's classifier and, of weights, its label names.
             config: Fields of :class:`MultiExitConfig`.
 
         Raises:
-            ValueError: If ``exit_width`` would replace the pretrained classifier that ``num_labels=None`` keeps; if a
-                model cannot be rebuilt from its name and the arguments that timm recorded; or if ``pretrained`` is
-                set for a model.
+            ValueError: If ``exit_width`` would replace the pretrained classifier that ``num_labels=None`` keeps, or a
+                model is not the one that its name and arguments build.
             TypeError: If ``backbone`` is neither a name nor a timm model.
         """
         is_name = isinstance(backbone, str)
@@ -100,8 +96,7 @@ class MultiExitPreTrainedModel(BackboneFreezing, GroupedLayers, PreTrainedModel)
             built, model = create_recorded(backbone, pretrained, num_labels, config)
             return cls(built, backbone=model)
         built, model = record_instance(backbone, num_labels, config)
-        first = next(backbone.parameters())
-        return cls(built, backbone=model).to(first.device, first.dtype)
+        return cls(built, backbone=model).to(next(backbone.parameters()))
 
     def _create_backbone(self, num_classes: int) -> nn.Module:
         with limited(self.config):
