@@ -25,6 +25,7 @@ CASES = {
     "eed+lsh": ("test_vit", {"lsh": {"num_hashes": 64}}),
     "frskd on a ResNet": ("test_resnet", {}),
     "okd_mde on a ResNet": ("test_resnet", {}),
+    "byot for label sets": ("label_sets", {}),
     "frskd for segmentation": ("segmenter", {"ramp_start": 0, "ramp_end": 1}),
 }
 
@@ -35,7 +36,9 @@ def network(name):
         return MultiExitForSemanticSegmentation.from_backbone(
             "test_resnet", num_labels=3, pyramid_width=8, semantic_loss_ignore_index=11
         )
-    kwargs = {"backbone_kwargs": VIT} if name == "test_vit" else {"small_input_stem": True}
+    kwargs = {"small_input_stem": True} if name == "test_resnet" else {"backbone_kwargs": VIT}
+    if name == "label_sets":
+        name, kwargs["problem_type"] = "test_vit", "multi_label_classification"
     return MultiExitForImageClassification.from_backbone(name, num_labels=5, **kwargs)
 
 
@@ -45,7 +48,10 @@ def teacher():
 
 
 def samples(name, count=24):
-    """Return images, some without a label, or label maps, some with ignored pixels only, more in the first half."""
+    """Return images, some without a label, or label maps, some with ignored pixels only, more in the first half.
+
+    Some labels of label sets are unknown.
+    """
     generator = torch.Generator().manual_seed(0)
     data = []
     for index in range(count):
@@ -56,6 +62,10 @@ def samples(name, count=24):
             labels[:, 16:] = 1
             labels[: 32 if unlabelled else index] = 11
             pixels = pixels + 2 * (labels == 1) - 1
+        elif name == "label_sets":
+            known = [-100 if index == label else index >> label & 1 for label in range(5)]
+            labels = torch.tensor([-100] * 5 if unlabelled else known)
+            pixels = pixels + labels[2:5].clamp(min=0).view(3, 1, 1)
         else:
             labels = -100 if unlabelled else index % 5
             pixels = pixels + index % 5 - 2
