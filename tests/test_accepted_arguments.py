@@ -23,7 +23,7 @@ TRAINER = {
     "data_collator": f"{STOCK}: collates the samples that are checked and seeded",
     "train_dataset": "training/test_trainer.py::test_the_number_of_workers_changes_nothing",
     "eval_dataset": "training/test_trainer.py::test_data_sets_with_names_are_evaluated_each",
-    "processing_class": f"{STOCK}: saved next to the model",
+    "processing_class": "training/test_image_processing.py::test_a_checkpoint_uses_the_image_processor_of_its_run",
     "model_init": "training/test_hyper_parameters.py::test_the_best_run_is_the_most_accurate",
     "compute_loss_func": "training/test_label_losses.py::test_it_is_the_loss_of_every_label_term_and_of_no_other",
     "compute_metrics": "training/test_trainer.py::test_own_metrics_come_on_top_of_those_of_the_exits",

@@ -3,12 +3,16 @@
 from collections.abc import Callable
 
 from torch import Tensor
+from transformers import Trainer
 
 from ..functional import count_selected, resize_logits
+from ..models.multi_label import is_known
 from ..models.outputs import MultiExitOutput
 
 
-def from_stock(compute_loss_func: Callable[..., Tensor] | None) -> Callable[[Tensor, Tensor], Tensor] | None:
+def from_stock(
+    compute_loss_func: Callable[..., Tensor] | None, trainer: Trainer
+) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return the label loss of one exit that calls a ``compute_loss_func`` of ``Trainer``.
 
     It is called as ``compute_loss_func(outputs, labels, num_items_in_batch=n)``, once per exit: ``outputs.logits`` are
@@ -18,6 +22,7 @@ def from_stock(compute_loss_func: Callable[..., Tensor] | None) -> Callable[[Ten
 
     Args:
         compute_loss_func: Returns a scalar; ``None`` for the built-in loss.
+        trainer: A :class:`~hf_selfkd.SelfDistillationTrainer`; its network is read when a loss is computed.
     """
     if compute_loss_func is None:
         return None
@@ -26,9 +31,15 @@ def from_stock(compute_loss_func: Callable[..., Tensor] | None) -> Callable[[Ten
         logits = logits.float()
         if logits.dim() == 4:
             logits = resize_logits(logits, labels.shape[-2:])
-        is_soft = labels.is_floating_point()
-        count = count_selected(labels.sum(dim=1) > 0 if is_soft else labels != -100)
-        labels = labels if is_soft else labels.long()
+        labels = labels if labels.is_floating_point() else labels.long()
+        count = count_selected(_has_label(labels, trainer.network.config.is_multi_label))
         return compute_loss_func(MultiExitOutput(logits=logits), labels, num_items_in_batch=count)
 
     return loss
+
+
+def _has_label(labels: Tensor, is_multi_label: bool) -> Tensor:
+    """Return which images, or pixels, have a label."""
+    if is_multi_label:
+        return is_known(labels).any(dim=1)
+    return labels.sum(dim=1) > 0 if labels.is_floating_point() else labels != -100

@@ -129,7 +129,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         self.has_own_optimizer = any(part is not None for part in optimizers)
         self.exit_learning_rate, self.layer_decay = exit_learning_rate, layer_decay
         check_learning_rates(exit_learning_rate, layer_decay, has_own_optimizer=self.has_own_optimizer)
-        self.label_loss = label_losses.from_stock(kwargs.get("compute_loss_func"))
+        self.label_loss = label_losses.from_stock(kwargs.get("compute_loss_func"), self)
         self.aside: str | None = None  # the folder of a checkpoint while it is written
         self.sums, self.stream_position, self.seed_data = LossSums(self), StreamPosition(), SeedData()
         self.nonfinite = NonFiniteGuard(self, max_skipped_batches)
