@@ -20,6 +20,7 @@ import transformers.modeling_utils
 import transformers.models.auto.modeling_auto
 import transformers.trainer
 import transformers.trainer_callback
+import transformers.trainer_pt_utils
 import transformers.trainer_utils
 import transformers.utils.hub
 from torch.utils import _pytree
@@ -50,6 +51,7 @@ MODELS = [
         ["self", "enable", "gradient_checkpointing_func"],
         "timm has a switch of its own, and transformers' looks for an attribute of its own layers",
     ),
+    (PreTrainedModel, "_auto_class", None, "set by register_for_auto_class: whether code is saved with the weights"),
     (PreTrainedModel, "_tied_weights_keys", None, "documented for subclasses: parameters that modules share (coat)"),
     (
         PreTrainedModel,
@@ -107,6 +109,9 @@ MODELS = [
     (_pytree, "tree_map_only", ["type_or_types_or_pred", "func", "tree"], "torch has no public pytree"),
     (_pytree, "tree_leaves", ["tree"], "torch has no public pytree"),
     (timm.models, "parse_model_name", ["model_name"], "reads a prefix such as hf-hub: as timm.create_model does"),
+    (timm.models, "get_pretrained_cfg", ["model_name"], "the data configuration of a name, without building a model"),
+    (timm.models, "group_parameters", ["module", "group_matcher", "reverse"], "learning rates per layer, as in timm"),
+    (timm.models, "load_state_dict", ["checkpoint_path"], "reads the files of weights that timm reads"),
     (timm.models, "get_arch_pretrained_cfgs", ["model_name"], "the tags of an architecture, for the error message"),
     (
         timm.models,
@@ -154,6 +159,12 @@ TRAINING = [
         "failed uploads in the background are reported nowhere else: ReportPushes reads trainer.push_in_progress.jobs",
     ),
     (transformers.trainer, "TRAINER_STATE_NAME", None, "a checkpoint's state names its folder, which is renamed"),
+    (
+        transformers.trainer_pt_utils,
+        "EvalLoopContainer",
+        None,
+        "gathers what the metrics of the exits need as the evaluation loop gathers logits",
+    ),
     (transformers.trainer_utils, "has_length", ["dataset"], "streams have none"),
     (
         transformers.trainer_utils,
