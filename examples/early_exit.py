@@ -32,7 +32,7 @@ from hf_selfkd.evaluation import (
     to_table,
 )
 from hf_selfkd.model_card import update_model_card
-from hf_selfkd.models.exit_policy import CRITERIA
+from hf_selfkd.models.criteria import CRITERIA
 
 # A calibration set is called small where the standard error of the accuracy on it exceeds this.
 LARGE_ERROR = 0.01

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.exit_policy import ExitPolicy, get_criterion
+from ..models.criteria import get_criterion
+from ..models.exit_policy import ExitPolicy
 from .budgets import find_frontier
 from .decisions import Decisions, decisions_of, labelled_images
 from .risk_control import certify

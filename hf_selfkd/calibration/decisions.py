@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.exit_policy import get_criterion
+from ..models.criteria import get_criterion
 from ..models.labels import UNLABELLED, as_classes, class_labels, label_sets
 from ..models.multi_label import is_exact_match, is_known
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from ..evaluation.costs import exit_parameters
 from ..evaluation.curves import to_table
-from ..models.exit_policy import CRITERIA, ExitPolicy
+from ..models.criteria import CRITERIA
+from ..models.exit_policy import ExitPolicy
 from ..tasks import ADAPTER_EXAMPLE, TENSOR_EXAMPLE, task_of
 from .facts import CardFacts, is_known
 

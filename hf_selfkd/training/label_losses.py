@@ -1,6 +1,6 @@
 """Loss functions of the user's own as the label loss of every exit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import Trainer
@@ -43,3 +43,18 @@ def _has_label(labels: Tensor, is_multi_label: bool) -> Tensor:
     if is_multi_label:
         return is_known(labels).any(dim=1)
     return labels.sum(dim=1) > 0 if labels.is_floating_point() else labels != -100
+
+
+def check_used(losses: Sequence[Tensor], trainer: Trainer) -> None:
+    """Raise ValueError if the trainer's own label loss was never computed.
+
+    Args:
+        losses: Those that it returned in a step.
+        trainer: A :class:`~hf_selfkd.SelfDistillationTrainer`.
+    """
+    if trainer.label_loss is not None and not losses:
+        name = "class_weights" if trainer.compute_loss_func is None else "compute_loss_func"
+        raise ValueError(
+            f"{name} has no effect on {type(trainer.method).__name__}, which does not take its label loss from "
+            f"hf_selfkd.functional.cross_entropy. Call that in the method, or leave {name} out."
+        )

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..methods.base import multi_exit_model
+from . import recipe
 
 
 def check_learning_rates(
@@ -71,8 +72,11 @@ def set_learning_rates(trainer: Trainer, optimizer: torch.optim.Optimizer, model
             optimizer.add_param_group(group | {"params": parameters, "lr": rate})
 
 
-class GroupedLearningRates:
-    """Creates the optimizer of a trainer with a learning rate per part and layer."""
+class LearningRates:
+    """Creates the optimizer and the scheduler of a trainer.
+
+    Beyond the stock trainer's: a learning rate per part and layer, milestones, and weight decay by timm's convention.
+    """
 
     exit_learning_rate: float | None
     layer_decay: float | None
@@ -83,3 +87,14 @@ class GroupedLearningRates:
         if is_new and (self.exit_learning_rate, self.layer_decay) != (None, None):
             set_learning_rates(self, optimizer, self.model if model is None else model)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Create the scheduler, from ``lr_milestones`` if there are any."""
+        is_given = self.lr_scheduler is not None and not isinstance(self.lr_scheduler, recipe.MilestoneLR)
+        if self.lr_milestones and not is_given:  # every run has its own
+            self.lr_scheduler = recipe.milestone_scheduler(self, num_training_steps, optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """List the parameters with weight decay, by timm's convention unless ``decay_norms``."""
+        return [name for name, _ in model.named_parameters()] if self.decay_norms else recipe.decayed_parameters(model)

@@ -24,7 +24,7 @@ from .class_balance import ClassBalance
 from .evaluating_trainer import EvaluatingTrainer
 from .image_processing import adopt_image_processor, warn_about_size
 from .label_callbacks import CheckLabels
-from .learning_rates import GroupedLearningRates, check_learning_rates
+from .learning_rates import LearningRates, check_learning_rates
 from .loss_sums import LossSums
 from .nonfinite import NonFiniteGuard
 from .run_arguments import described
@@ -45,7 +45,7 @@ PRIVATE_HOOKS = {
 }
 
 
-class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
+class SelfDistillationTrainer(LearningRates, EvaluatingTrainer):
     """Train a multi-exit model with a self-distillation method.
 
     Each term of the method is logged as ``loss/<term>``; they add up to ``loss``. Evaluation reports ``eval_loss`` and
@@ -201,12 +201,7 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         output = replace(model(images, return_dict=True), sample_indices=self._indices)
         with counted_over_processes(), label_loss(self.label_loss) as losses:
             terms = self.method.terms(output, labels, self.state.epoch or 0.0)
-        if self.label_loss is not None and not losses:
-            name = "class_weights" if self.compute_loss_func is None else "compute_loss_func"
-            raise ValueError(
-                f"{name} has no effect on {type(self.method).__name__}, which does not take its label loss from "
-                f"hf_selfkd.functional.cross_entropy. Call that in the method, or leave {name} out."
-            )
+        label_losses.check_used(losses, self)
         self.method.remember(output)
         loss = add(terms.values())
         named = {f"loss/{name}": term for name, term in terms.items()}
@@ -220,17 +215,6 @@ class SelfDistillationTrainer(GroupedLearningRates, EvaluatingTrainer):
         if "loss" in logs:
             logs.update(self.sums.pop_means())
         super().log(logs, start_time)
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Create the scheduler, from ``lr_milestones`` if there are any."""
-        is_given = self.lr_scheduler is not None and not isinstance(self.lr_scheduler, recipe.MilestoneLR)
-        if self.lr_milestones and not is_given:  # every run has its own
-            self.lr_scheduler = recipe.milestone_scheduler(self, num_training_steps, optimizer)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """List the parameters with weight decay, by timm's convention unless ``decay_norms``."""
-        return [name for name, _ in model.named_parameters()] if self.decay_norms else recipe.decayed_parameters(model)
 
     def set_initial_training_values(self, args, dataloader):
         """Turn epochs of a stream into steps; the stock trainer cannot, because each process has its own number."""

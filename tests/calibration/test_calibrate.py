@@ -15,7 +15,7 @@ from hf_selfkd import ExitPolicy, calibrate
 from hf_selfkd.calibration.calibrate import fit_policy
 from hf_selfkd.calibration.risk_control import best_stake, betting_p_value, binomial_p_value
 from hf_selfkd.calibration.search import Evidence, grid_trade_off
-from hf_selfkd.models.exit_policy import CRITERIA
+from hf_selfkd.models.criteria import CRITERIA
 
 COSTS = [0.2, 0.45, 0.8, 1.0]
 

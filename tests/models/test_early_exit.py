@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from hf_selfkd import EarlyExitOutput, ExitPolicy, MultiExitForImageClassification, MultiExitOutput
 from hf_selfkd.deploy.pipeline import EarlyExitPipeline
+from hf_selfkd.models.criteria import CRITERIA
 from hf_selfkd.models.early_exit import CPU_IMAGES_PER_THREAD
-from hf_selfkd.models.exit_policy import CRITERIA
 from tests.helpers.models import DEIT, SWIN, build_copy
 from tests.helpers.processes import forkserver
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_selfkd import ExitPolicy, MultiExitForImageClassification, calibrate
-from hf_selfkd.models.exit_policy import CRITERIA, Criterion
+from hf_selfkd.models.criteria import CRITERIA, Criterion
 
 every_criterion = pytest.mark.parametrize("criterion", CRITERIA)
 of_a_softmax = pytest.mark.parametrize("criterion", [name for name in CRITERIA if not CRITERIA[name].multi_label])

@@ -9,7 +9,7 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from hf_selfkd import ExitPolicy, MultiExitConfig
 from hf_selfkd.functional import label_loss
-from hf_selfkd.models.exit_policy import CRITERIA
+from hf_selfkd.models.criteria import CRITERIA
 from hf_selfkd.models.multi_label import binary_cross_entropy, is_exact_match
 from hf_selfkd.models.outputs import MultiExitOutput, MultiLabelOutput
 
