@@ -29,6 +29,7 @@ from transformers import ImageClassificationPipeline, PreTrainedModel, ProgressC
 from hf_selfkd.training.loss_sums import PRIVATE_FIELDS
 from hf_selfkd.training.trainer import PRIVATE_HOOKS
 from tests.helpers.layering import PACKAGE
+from tests.helpers.private_hooks import HOOK_PARAMETERS
 
 # Owner, name, parameters that are given by position or by name (None for an attribute), and why it is used.
 MODELS = [
@@ -126,18 +127,6 @@ MODELS = [
     (huggingface_hub.utils, "validate_repo_id", ["repo_id"], "whether a name can be a repository, without asking"),
 ]
 # The hooks have the parameters that the overrides pass on; test_private_hooks compares both and calls all of them.
-HOOK_PARAMETERS = {
-    "_get_train_sampler": ["self", "train_dataset"],
-    "_prepare_inputs": ["self", "inputs"],
-    "_init_training_state": [
-        *("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial")
-    ],
-    "_get_output_dir": ["self", "trial"],
-    "_save_checkpoint": ["self", "model", "trial"],
-    "_push_from_checkpoint": ["self", "checkpoint_folder"],
-    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-    "_load_best_model": ["self"],
-}
 TRAINING = [
     *((Trainer, name, parameters, PRIVATE_HOOKS.get(name)) for name, parameters in HOOK_PARAMETERS.items()),
     (

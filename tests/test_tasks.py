@@ -63,8 +63,9 @@ def test_metrics_are_those_with_a_title_and_the_loss(task, output_of):
 @every_task
 def test_the_rule_for_the_best_model_is_right_for_every_metric(task):
     """By transformers' rule the end of a name tells whether greater is better."""
-    labels = torch.arange(4) % 2 if task is CLASSES else (torch.arange(64) % 2).reshape(1, 8, 8)
-    perfect = 3 * torch.nn.functional.one_hot(labels, 5).movedim(-1, 1).float()
+    labels = (torch.arange(64) % 2).reshape(1, 8, 8) if task is PIXELS else torch.arange(4) % 2
+    one_hot = torch.nn.functional.one_hot(labels, 5).movedim(-1, 1).float()
+    labels, perfect = (one_hot, 3 * one_hot - 1) if task is LABEL_SETS else (labels, 3 * one_hot)
     good, bad = (
         task.compute_metrics(*task.reduce_logits([logits, logits], labels)) for logits in (3 * perfect, -3 * perfect)
     )

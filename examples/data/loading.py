@@ -156,8 +156,8 @@ def _has_labels(rows: Dataset | IterableDataset, column: str) -> bool:
     if isinstance(rows.features[column], Image):
         return True
     labels = rows.select_columns([column])
-    first = [row[column] for row in labels.take(1)] if isinstance(rows, IterableDataset) else labels.unique(column)
-    return any(label not in (-1, None) for label in first)
+    labels = labels.take(1) if isinstance(rows, IterableDataset) else labels
+    return any(label not in (-1, None) for batch in labels.iter(1000) for label in batch[column])
 
 
 def _is_grouped(rows: Dataset, label: str) -> bool:

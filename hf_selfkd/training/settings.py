@@ -132,7 +132,8 @@ def attach_method(
         )
     warn_of_frozen_heads(model)
     if args.save_strategy != SaveStrategy.NO and not is_adapted(network):
-        check_rebuilds(network, network.state_dict())
+        with swapped(network, scaffold=None):
+            check_rebuilds(network, network.state_dict())
     if method.reads_indices:
         check_indexed(method, data, has_mix=has_mix)
     if optimizer is None or getattr(network.scaffold, "attached_by", None) != method:

@@ -12,7 +12,7 @@ import torch
 from hf_selfkd import ExitPolicy, calibrate
 from hf_selfkd.deploy import ExitCounter, exit_counter
 from hf_selfkd.deploy.exit_counter import log_e_value, share_interval
-from tests.calibration.test_calibrate import COSTS, make_logits
+from tests.helpers.calibration import COSTS, make_logits
 from tests.helpers.layering import PACKAGE, imports
 
 RATES = [0.4, 0.2, 0.3, 0.1]

@@ -53,7 +53,7 @@ def test_it_follows_every_step_of_the_optimizer(build, train):
     expected = first
     for state in after:
         expected = {name: 0.75 * tensor + 0.25 * state[name] for name, tensor in expected.items()}
-    average = trainer.model.scaffold.average.module
+    average = trainer.scaffold.average.module
     assert any(name.endswith("running_var") for name in expected)
     for name, tensor in Weights.inference(average).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
@@ -124,7 +124,7 @@ def test_a_new_run_starts_from_the_weights_it_finds(build, train):
     before = copy.deepcopy(trainer.model.backbone.state_dict())
     trainer.args.learning_rate = 0.0
     trainer.train()
-    average = trainer.model.scaffold.average.module.backbone.state_dict()
+    average = trainer.scaffold.average.module.backbone.state_dict()
     for key, tensor in before.items():
         torch.testing.assert_close(average[key], tensor, atol=1e-3, rtol=1e-3)
 

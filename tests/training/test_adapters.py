@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def test_every_method_trains_the_adapter_and_the_heads(build, batch, name):
     model = adapted(build("test_vit"))
     method = method_of(name)
     method = get_method(method) if isinstance(method, str) else method
-    method.attach(model)
-    output = model.train()(batch["pixel_values"])
+    method.attach(model, num_images=len(batch["labels"]))
+    output = replace(model.train()(batch["pixel_values"]), sample_indices=torch.arange(len(batch["labels"])))
     sum(method.terms(output, batch["labels"], 1.0).values()).backward()
     network = multi_exit_model(model)
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}

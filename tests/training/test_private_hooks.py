@@ -13,7 +13,7 @@ import hf_selfkd.training
 from hf_selfkd import SelfDistillationTrainer
 from hf_selfkd.training.loss_sums import PRIVATE_FIELDS
 from hf_selfkd.training.trainer import PRIVATE_HOOKS
-from tests.test_private_apis import HOOK_PARAMETERS
+from tests.helpers.private_hooks import HOOK_PARAMETERS
 
 # Public, but not documented as hooks.
 PUBLIC = (

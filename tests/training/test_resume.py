@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from hf_selfkd import get_method
@@ -154,7 +155,7 @@ def test_weights_that_are_not_finite_are_named(build):
 def test_the_scaffold_returns_after_an_error(build):
     model = build()
     get_method("frskd").attach(model)
-    scaffold, trainer = model.scaffold, SimpleNamespace(model=model, network=model)
+    scaffold, trainer = model.scaffold, SimpleNamespace(model=model, network=model, accelerator=Accelerator(cpu=True))
     with pytest.raises(RuntimeError, match="while loading"), inference_weights(trainer):
         assert model.scaffold is None
         raise RuntimeError("while loading")

@@ -70,7 +70,7 @@ def test_trackio_stores_them(build, train, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", tracker)
     options = {"trackio_static_space_id": False, "report_to": "trackio", "max_steps": 1}
     train(build(), get_method("byot", alpha=0.5), trainer_kwargs={"lr_milestones": [1]}, **options)
-    assert config["method"] == {"name": "byot", "alpha": 0.5, "temperature": 3.0, "hint_weight": 0.03}
+    assert config["method"] == get_method("byot", alpha=0.5).to_dict()
     assert config["lr_milestones"] == [1]
 
 
