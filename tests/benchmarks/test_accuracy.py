@@ -57,6 +57,7 @@ def start(module, folder: Path, configurations: list[str], *options: str) -> dic
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not_and_is_not_repeated(accuracy, tmp_path, capsys, monkeypatch):
     [name, file] = ["okd_mde+cutmix", "okd_mde+cutmix-seed0.json"]
     unbroken = start(accuracy, tmp_path / "unbroken", [name])

@@ -39,6 +39,7 @@ def test_a_torch_program(build, tmp_path, exit):
     assert (len(convolutions) == len(everything)) == (exit == 3)
 
 
+@pytest.mark.slow
 def test_an_onnx_file(build, tmp_path):
     model = build().train()  # exported in eval mode, and left as it was
     path = export_exit(model, exit=1, path=tmp_path / "exit.onnx", image_size=32)

@@ -29,6 +29,7 @@ FAST = ("resnet50", "vit_small_patch16_224")
         for name, published in PUBLISHED.items()
     ],
 )
+@pytest.mark.slow
 def test_costs_are_those_of_the_parts(name, published):
     with torch.device("meta"):
         model = MultiExitForImageClassification.from_backbone(name).eval()

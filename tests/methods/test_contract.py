@@ -160,6 +160,7 @@ def builds_scaffold(name):
         *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if builds_scaffold(name) and name != "frskd"),
     ],
 )
+@pytest.mark.slow
 def test_one_graph_under_compile(prepared, batch, name):
     # Two blocks, because tracing takes the time.
     method, model = prepared(name, "test_vit", backbone_kwargs={"img_size": 32, "patch_size": 8, "depth": 2})

@@ -338,6 +338,7 @@ def test_compiles_as_one_graph(build, batch, teacher, backbone, taught):
 
 
 @pytest.mark.parametrize("taught", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_resumes_with_its_hash_layer_and_never_prepares_again(build, train, teacher, tmp_path, monkeypatch, taught):
     settings = {"num_train_epochs": 2, "save_strategy": "epoch", "label_smoothing_factor": 0.1, "bf16": True}
     method = get_method("lsh", teacher=teacher if taught else None, num_hashes=40)

@@ -180,6 +180,7 @@ def test_arguments_take_precedence_over_what_is_known(run):
     assert card.text.lstrip().startswith("# named\n") and 'model="stripes-run"' in card.text
 
 
+@pytest.mark.slow
 def test_saving_runs_no_forward_pass_and_no_process(build, train, monkeypatch, tmp_path):
     trainer = train(build(), max_steps=1)
     trainer.evaluate()
@@ -210,6 +211,7 @@ def test_saving_runs_no_forward_pass_and_no_process(build, train, monkeypatch, t
     assert "latency (ms)" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_other_weights_is_left_out(build, images, train, tmp_path):
     trainer = train(build(), max_steps=1)
     assert trainer.card_recorder.evaluations == {}
@@ -226,6 +228,7 @@ def test_an_evaluation_of_other_weights_is_left_out(build, images, train, tmp_pa
     assert not (tmp_path / "saved" / "anytime_curve.png").exists()
 
 
+@pytest.mark.slow
 def test_results_on_several_datasets_and_under_another_prefix(build, images, train, tmp_path):
     sets = {"clean": images[:10], "noisy": images[10:]}
     trainer = train(build(), max_steps=1, trainer_kwargs={"eval_dataset": sets, "card": {"dataset": "stripes"}})

@@ -81,6 +81,7 @@ def test_a_policy_found_later_enters_the_card_and_the_rest_stays(checkpoint):
     assert "held-out" not in (checkpoint / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_edited_card_is_left_as_it_is(checkpoint):
     path = checkpoint / "README.md"
     ours = path.read_text()

@@ -60,6 +60,7 @@ def test_with_the_models_weights_a_copy_is_the_model(model):
     assert torch.equal(features, output.exit_features[-1])
 
 
+@pytest.mark.slow
 def test_a_copy_is_initialised_anew_and_shares_nothing(model):
     before = copy.deepcopy(model.state_dict())
     first, second = model.copy_tail(), model.copy_tail()
@@ -73,6 +74,7 @@ def test_a_copy_is_initialised_anew_and_shares_nothing(model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_copy_holds_what_it_computes_and_trains_all_of_it(model):
     tail = model.copy_tail()
     output = model.train()(inputs_of(model))

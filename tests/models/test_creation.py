@@ -70,6 +70,7 @@ def test_a_saved_card_builds_no_more_than_its_costs(built, build, train):
         ("crossvit_tiny_240", {"depth": ((1, 1, 0),) * 2}),
     ],
 )
+@pytest.mark.slow
 def test_all_ways_to_a_model_measure_alike(backbone, kwargs):
     options = {"num_labels": 5, "backbone_kwargs": kwargs}
     with torch.device("meta"):

@@ -73,6 +73,7 @@ def test_hooks_see_the_outputs_of_timm(name):
     ],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_visitor_may_keep_fewer_rows(name, kwargs):
     backbone, anatomy = build_hooked(name, **kwargs)
     images = torch.randn(3, *input_shape(backbone))

@@ -68,6 +68,7 @@ def test_other_exits_of_the_same_shapes(saved, exits):
     assert load(folder).exit_stages == [0, 2]
 
 
+@pytest.mark.slow
 def test_default_exits_are_told_from_others_too(build, tmp_path):
     build("test_vit", exits=None).save_pretrained(tmp_path)
     chosen = load(tmp_path).exit_stages

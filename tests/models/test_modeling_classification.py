@@ -282,6 +282,7 @@ def test_exit_out_of_range(build):
     assert str(error.value) == "test_resnet has 5 stages (0 to 4), but exits asks for stage 7."
 
 
+@pytest.mark.slow
 def test_threads_do_not_see_each_others_images(build):
     model = build().eval()
     images = torch.randn(2, 16, 3, 32, 32)

@@ -53,6 +53,7 @@ def labels():
 
 
 @pytest.mark.parametrize("config", BACKBONES, ids=name_of)
+@pytest.mark.slow
 def test_any_backbone_and_any_image_size(build_segmenter, images, labels, config):
     model = build_segmenter(**config)
     output = model(images, labels)

@@ -15,6 +15,7 @@ from tests.helpers.layering import MODELS, shipped_modules
 SCRIPT = Path(__file__).parents[1] / "helpers" / "load_without_library.py"
 
 
+@pytest.mark.slow
 def test_a_trained_checkpoint_works_where_only_torch_timm_and_transformers_are(
     hub, build, build_segmenter, train, images, tmp_path
 ):

@@ -86,6 +86,7 @@ def test_the_scaffold_is_not_in_the_adapter(build, train, tmp_path):
     assert not any("scaffold" in name for name in names)
 
 
+@pytest.mark.slow
 def test_the_card_is_one_of_an_adapter(build, train, tmp_path):
     trainer = train(adapted(build("test_vit")), "byot", max_steps=1)
     for _ in range(2):  # PEFT adds to a card that is there
@@ -98,6 +99,7 @@ def test_the_card_is_one_of_an_adapter(build, train, tmp_path):
     assert "pipeline(" not in card
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_saved_as_any_other(build, batch, train, tmp_path):
     trainer = train(adapted(build("test_vit")), "frskd", max_steps=1)
     expected = logits_of(trainer.model, batch)
@@ -117,6 +119,7 @@ def test_heads_that_the_adapter_leaves_out_are_named(build, train):
         train(adapted(build("test_vit")), "byot", max_steps=1)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_a_compiled_model_is_saved_as_an_adapter(build, images, tmp_path):
     model = torch.compile(adapted(build("test_vit")), backend="eager")
     trainer = SelfDistillationTrainer(model, TrainingArguments(tmp_path / "run"), "none", train_dataset=images)

@@ -37,6 +37,7 @@ def train_twice(trainer):
 
 
 @pytest.mark.parametrize("method", ["frskd", pytest.param("okd_mde", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_training_again_is_as_if_nothing_had_come_off(build, train, monkeypatch, method):
     options = {"max_steps": 2, "optim_args": "momentum=0.9"}
     again = train(build(), method, **options)
@@ -59,6 +60,7 @@ def test_the_same_trainer_resumes_exactly(build, train, tmp_path):
     assert same_weights(trainer.scaffold, scaffold)
 
 
+@pytest.mark.slow
 def test_after_an_interrupt_training_starts_again_and_its_terms_add_up(build, train):
     def interrupt():
         raise KeyboardInterrupt
@@ -75,6 +77,7 @@ def test_after_an_interrupt_training_starts_again_and_its_terms_add_up(build, tr
     assert logged_terms_add_up(trainer)
 
 
+@pytest.mark.slow
 def test_a_retry_with_smaller_batches_logs_its_own_terms(build, train, monkeypatch):
     step, calls = SelfDistillationTrainer.training_step, []
 

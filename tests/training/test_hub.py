@@ -162,6 +162,7 @@ def test_a_model_is_pushed_to_a_branch(hub, build):
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_a_broken_upload_leaves_a_saved_model_and_can_be_repeated(hub, build, train, tmp_path):
     trainer = train(build())
     hub.breaks = "PUT /storage/"

@@ -33,6 +33,7 @@ def terminated(build, train, images):
 
 # 3 is in the middle of an epoch of 4 steps and of a log entry of 2; 4 is the end of an epoch, with its evaluation.
 @pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_resuming_after_sigterm_equals_not_stopping(build, train, tmp_path, terminated, step):
     options = {"num_train_epochs": 3, "logging_steps": 3, "eval_strategy": "epoch", "save_strategy": "epoch"}
     handler = signal.getsignal(signal.SIGTERM)

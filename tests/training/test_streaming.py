@@ -121,6 +121,7 @@ def logs(trainer):
 
 
 @pytest.mark.parametrize(("workers", "steps"), [(0, (6, 9)), pytest.param(2, (3, 9), marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_resuming_in_mid_epoch_equals_not_stopping(tmp_path, workers, steps):
     """Of 33 rows in batches of 3, two a step, an epoch has six steps, however its last batches are filled up."""
     uninterrupted = train(tmp_path / "a", dataloader_num_workers=workers, save_strategy="steps", save_steps=3)

@@ -239,6 +239,7 @@ def test_an_own_loop_has_the_losses_of_the_trainer(build, images, train, name):
     assert (model.scaffold, model.detach_exits) == (None, False)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_already_trains_and_resumes(build, train, tmp_path):
     def compiled():
         return torch.compile(build(small_input_stem=False), backend="eager")
@@ -288,6 +289,7 @@ def test_probability_labels_are_evaluated(build, images, train):
     assert metrics["eval_loss"] != hard["eval_loss"]
 
 
+@pytest.mark.slow
 def test_feature_maps_are_not_copied_for_a_method_that_reads_none(build, batch, train):
     """Accelerate copies whatever the model returns to float32."""
     returned = []

@@ -70,6 +70,7 @@ def test_evaluation_gathers_counts_and_no_label_maps(train_segmenter, maps, monk
     assert trainer.predict(maps).label_ids.shape == (7, 32, 32)
 
 
+@pytest.mark.slow
 def test_learns_the_two_halves(train_segmenter):
     trainer = train_segmenter("frskd", num_train_epochs=12, per_device_train_batch_size=7, learning_rate=0.05)
     losses = [logs["loss/label"] for logs in trainer.state.log_history if "loss/label" in logs]
