@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from hf_selfkd import MultiExitOutput, get_method
 
+pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parents[2] / "examples" / "write_your_own_method.py"
 
 
@@ -25,7 +26,6 @@ def accuracies(tmp_path_factory):
     return ast.literal_eval(printed.getvalue().splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_every_exit_is_better_than_chance(accuracies):
     assert len(accuracies) == 6  # the final exit, each of the four, and their ensemble
     assert min(accuracies.values()) > 0.2  # ten classes
