@@ -22,6 +22,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from coverage_cuts import cut
 from coverage_report import summary
 from torch import Tensor, nn
 
@@ -281,6 +282,10 @@ def representatives(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(smallest.values(), key=lambda r: r["parameters"])
 
 
+# What is done with the representatives, by part.
+MEASURES = {"real": examine, "cut": cut}
+
+
 def census(path: Path, names: list[str], parts: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Run what ``path`` does not hold yet and return all records, by part."""
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -289,16 +294,21 @@ def census(path: Path, names: list[str], parts: list[str]) -> dict[str, list[dic
         if ("meta", name) not in found:
             found["meta", name] = _record(path, "meta", name, attach)
     meta = [found["meta", name] for name in names if ("meta", name) in found]
-    real = []
-    for record in representatives(meta) if "real" in parts else []:
+    measures = {part: measured for part, measured in MEASURES.items() if part in parts}
+    records: dict[str, list[dict[str, Any]]] = {"meta": meta} | {part: [] for part in MEASURES}
+    for record in representatives(meta) if measures else []:
         name = record["name"]
         if record["parameters"] > MAX_PARAMETERS:
-            real.append({"name": name, "module": record["module"], "skipped": f"{record['parameters']:,} parameters"})
+            too_large = {"name": name, "module": record["module"], "skipped": f"{record['parameters']:,} parameters"}
+            records["real"].append(too_large)
             continue
-        if ("real", name) not in found:
-            found["real", name] = _record(path, "real", name, examine)
-        real.append(found["real", name])
-    return {"meta": meta, "real": real}
+        for part, measured in measures.items():
+            if (part, name) not in found:
+                found[part, name] = _record(path, part, name, measured)
+        for part in MEASURES:
+            if (part, name) in found:
+                records[part].append(found[part, name])
+    return records
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -308,16 +318,18 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--meta-only", action="store_true", help="no real tensors")
     part.add_argument("--real-only", action="store_true", help="of the names whose sizes coverage.jsonl holds")
+    part.add_argument("--cut-only", action="store_true", help="likewise, and only whether they can be cut at exits")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()
-    parts = ["real"] * (not options.meta_only) + ["meta"] * (not options.real_only)
+    chosen = {"meta": options.meta_only, "real": options.real_only, "cut": options.cut_only}
+    parts = [part for part, only in chosen.items() if only] or [*chosen]
     records = census(options.output / "coverage.jsonl", options.names or timm.list_models(), parts)
     if not records["meta"]:
-        parser.error("--real-only needs the sizes that a run with --meta-only finds.")
+        parser.error("--real-only and --cut-only need the sizes that a run with --meta-only finds.")
     lines = {part: ",\n".join(json.dumps(record) for record in records[part]) for part in records}
     text = ",\n".join(f'"{part}": [\n{rows}\n]' for part, rows in lines.items())
     (options.output / "coverage.json").write_text(f"{{\n{text}\n}}\n")

@@ -20,6 +20,12 @@ CHECKS = {
 }
 
 
+CUTS = {
+    "logits": "its parts run one after the other give the logits of all exits",
+    "continues": "at every exit they continue with fewer images",
+}
+
+
 def summary(records: dict[str, list[dict[str, Any]]], max_parameters: float) -> str:
     """Write the counts, and the reason for every no, as Markdown."""
     meta, real = records["meta"], [record for record in records["real"] if "skipped" not in record]
@@ -68,7 +74,28 @@ def summary(records: dict[str, list[dict[str, Any]]], max_parameters: float) -> 
             if record.get("without_gradient_in_timm")
         ),
     ]
+    if records.get("cut"):
+        lines += _cuts(records["cut"])
     return "\n".join(lines) + "\n"
+
+
+def _cuts(cuts: list[dict[str, Any]]) -> list[str]:
+    """Write how many networks are cut at their exits, and the reason for every no."""
+    done = [record for record in cuts if "reason" not in record]
+    return [
+        "",
+        f"## Cut at the exits, for files that exit early: {len(done)} of {len(cuts)}",
+        "",
+        *(f"- {text}: {sum(record[check] is True for record in done)}" for check, text in CUTS.items()),
+        "",
+        *(f"- **no** cut, {record['name']}: {record['reason']}" for record in cuts if "reason" in record),
+        *(
+            f"- **no** {check}, {record['name']}: {record[check]}"
+            for check in CUTS
+            for record in done
+            if record[check] is not True
+        ),
+    ]
 
 
 def _modules(records: Iterable[dict[str, Any]]) -> str:

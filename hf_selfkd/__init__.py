@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from ._version import __version__ as __version__
 from .calibration import calibrate
-from .deploy import EarlyExitPipeline, export_exit
+from .deploy import EarlyExitPipeline, export_early_exit, export_exit, export_exits
 from .evaluation import exit_costs
 from .methods import Method, get_method, list_methods
 from .models.configuration import MultiExitConfig
@@ -39,7 +39,9 @@ __all__ = [
     "SelfDistillationTrainer",
     "calibrate",
     "exit_costs",
+    "export_early_exit",
     "export_exit",
+    "export_exits",
     "get_method",
     "list_methods",
 ]

@@ -97,7 +97,13 @@ def test_the_readme_prints_what_it_shows(reader):
     check(shown)
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page)], ids=lambda page: page.stem)
+def pages() -> list:
+    """Return the pages with snippets; exporting to ONNX is slow."""
+    found = [page for page in DOCS if blocks(page)]
+    return [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem == "deploy")) for page in found]
+
+
+@pytest.mark.parametrize("page", pages())
 def test_a_page_prints_what_it_shows(reader, page):
     variables, _ = reader
     check(run(page, dict(variables)))

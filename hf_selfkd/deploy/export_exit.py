@@ -1,8 +1,10 @@
-"""Export of one exit of a multi-exit model as a smaller static model, by torch.export or as ONNX."""
+"""Export of one exit of a multi-exit model as a smaller static model, or of all exits as one."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models.timm_quirks import copy_module
+from .segments import AllExits
 
 # protobuf allows ONNX files of up to 2 GiB; larger weights go to a second file beside it.
 MAX_ONNX_BYTES = 2**31 - 2**20
@@ -87,47 +90,114 @@ def export_exit(
     path = Path(path)
     if format == "torch" and path.suffix != ".pt2":
         raise ValueError(f"A torch program needs a path that ends in .pt2, but got {path}.")
-    original = copy_module(model).to("cpu", torch.float32).eval()
+    original, images = _copy_and_images(model, image_size)
     static = StaticExit(original, exit)
-    channels, height, width = model.config.pretrained_cfg["input_size"]
-    if image_size is not None:
-        height, width = to_2tuple(image_size)
-    images = torch.randn(3, channels, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exported = writers[format](static, images[:2], path)
         for batch in (images[:1], images):
             expected = original(batch, output_hidden_states=True, return_dict=True).exit_logits[exit]
-            error = (exported(batch) - expected).abs().max().item()
-            if not error <= 1e-3 * max(1.0, expected.abs().max().item()):
-                raise RuntimeError(
-                    f"The logits of {path} differ by {error:.3g} from those of exit {exit} of the model."
-                )
+            _compare(path, f"logits of exit {exit}", exported(batch)[0], expected)
     return path
 
 
-def _write_torch(static: StaticExit, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
-    program = torch.export.export(static, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
-    return torch.export.load(path).module()
+def import_onnx() -> tuple[ModuleType, ModuleType]:
+    """Import ``onnx`` and ``onnxruntime``.
 
-
-def _write_onnx(static: StaticExit, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    Raises:
+        ImportError: If one of the packages for ONNX is not installed.
+    """
     try:
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("ONNX needs onnx, onnxscript and onnxruntime. Run pip install hf_selfkd[export].") from error
+    return onnx, onnxruntime
+
+
+def _write_torch(static: StaticExit, images: Tensor, path: Path) -> Callable[[Tensor], Any]:
+    program = torch.export.export(static, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
+    program = torch.export.load(path).module()
+    return lambda batch: [program(batch)]
+
+
+def _write_onnx(
+    static: nn.Module, images: Tensor, path: Path, outputs: Sequence[str] = ("logits",)
+) -> Callable[[Tensor], Any]:
+    _, onnxruntime = import_onnx()
     num_bytes = sum(tensor.nbytes for tensor in static.state_dict().values())
     torch.onnx.export(
         static,
         (images,),
         path,
         input_names=["pixel_values"],
-        output_names=["logits"],
+        output_names=[*outputs],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         external_data=num_bytes > MAX_ONNX_BYTES,
         dynamo=True,
         verbose=False,
     )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda batch: torch.from_numpy(session.run(["logits"], {"pixel_values": batch.numpy()})[0])
+    return lambda batch: [*map(torch.from_numpy, session.run(outputs, {"pixel_values": batch.numpy()}))]
+
+
+class _NamedExits(nn.Module):
+    """The logits of all exits and their mean, by name."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.exits = AllExits(model)
+        self.eval()
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        logits = self.exits(pixel_values)
+        return *logits, torch.stack(logits).mean(dim=0)
+
+
+def export_exits(model: PreTrainedModel, path: str | Path, *, image_size: int | tuple[int, int] | None = None) -> Path:
+    """Export all exits as one static ONNX file for any batch size, and verify it as :func:`export_exit` does.
+
+    The file maps ``pixel_values``, ``(batch, channels, height, width)`` in float32, to ``logits_0``, ``logits_1``, ...
+    (first exit to final) and ``ensemble``, their mean, each ``(batch, classes)``.
+
+    Args:
+        model: A multi-exit model for classification.
+        path: Path of the file.
+        image_size: Side of the images, or height and width, in pixels; ``None`` for
+            ``config.pretrained_cfg["input_size"]``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If a package for ONNX is not installed.
+        RuntimeError: If the logits of the file differ from the model's.
+    """
+    path = Path(path)
+    original, images = _copy_and_images(model, image_size)
+    names = [*(f"logits_{exit}" for exit in range(model.num_exits)), "ensemble"]
+    with torch.no_grad():
+        exported = _write_onnx(_NamedExits(original), images[:2], path, names)
+        for batch in (images[:1], images):
+            expected = _NamedExits(original)(batch)
+            for name, found, wanted in zip(names, exported(batch), expected, strict=True):
+                _compare(path, name, found, wanted)
+    return path
+
+
+def _copy_and_images(
+    model: PreTrainedModel, image_size: int | tuple[int, int] | None
+) -> tuple[PreTrainedModel, Tensor]:
+    """Return a copy of the model in float32 on the CPU, and three random images."""
+    channels, height, width = model.config.pretrained_cfg["input_size"]
+    if image_size is not None:
+        height, width = to_2tuple(image_size)
+    images = torch.randn(3, channels, height, width, generator=torch.Generator().manual_seed(0))
+    return copy_module(model).to("cpu", torch.float32).eval(), images
+
+
+def _compare(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
+    error = (found - expected).abs().max().item()
+    if not error <= 1e-3 * max(1.0, expected.abs().max().item()):
+        raise RuntimeError(f"The output {name} of {path} differs by {error:.3g} from the model's.")

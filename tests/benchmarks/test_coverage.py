@@ -38,8 +38,10 @@ def test_the_census_counts_and_resumes(coverage, tmp_path, monkeypatch):
     records = coverage.main(arguments)
     assert [record["name"] for record in records["real"]] == ["test_resnet"]
     assert all(records["real"][0][check] is True for check in ("logits", "maps", "trains", "round_trip", "shrinks"))
+    assert [record["continues"] for record in records["cut"]] == [True]
     assert json.loads((tmp_path / "coverage.json").read_text()) == records
     text = (tmp_path / "coverage.md").read_text()
+    assert "## Cut at the exits, for files that exit early: 1 of 1" in text
     assert "- attached: 1 (50.0%)" in text
     assert "**no** qwen3_vit_88m_enc: ValueError: timm model 'qwen3_vit_88m_enc' is an encoder" in text
     monkeypatch.setattr(coverage, "attach", None)
@@ -50,6 +52,7 @@ def test_the_census_counts_and_resumes(coverage, tmp_path, monkeypatch):
 
 def test_a_failed_check_is_a_result(coverage, tmp_path, monkeypatch):
     monkeypatch.setattr(coverage, "keep_rows", lambda output, rows, batch_size: output.flip(0)[: len(rows)])
+    monkeypatch.setattr(coverage, "MEASURES", {"real": coverage.examine})
     record = coverage.main(["--output", str(tmp_path), "--names", "test_resnet"])["real"][0]
     assert record["shrinks"].startswith("stage 1: tensor 0 differs by")
     assert record["maps"] is True
@@ -59,7 +62,7 @@ def test_a_failed_check_is_a_result(coverage, tmp_path, monkeypatch):
 def test_real_tensors_need_sizes(coverage, tmp_path, capsys):
     with pytest.raises(SystemExit):
         coverage.main(["--output", str(tmp_path), "--real-only"])
-    assert "--real-only needs the sizes that a run with --meta-only finds." in capsys.readouterr().err
+    assert "--real-only and --cut-only need the sizes that a run with --meta-only finds." in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

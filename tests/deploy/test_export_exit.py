@@ -3,7 +3,7 @@ import onnxruntime
 import pytest
 import torch
 
-from hf_selfkd import export_exit
+from hf_selfkd import export_exit, export_exits
 from hf_selfkd.deploy.export_exit import StaticExit
 
 NAMES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"]
@@ -64,3 +64,17 @@ def test_errors(build, tmp_path):
         export_exit(model, 0, tmp_path / "exit.tflite", format="tflite")
     with pytest.raises(ValueError, match="A torch program needs a path that ends in .pt2, but got"):
         export_exit(model, 0, tmp_path / "exit.onnx", format="torch")
+
+
+def test_all_exits_by_name(build, tmp_path):
+    model = build().eval()
+    path = export_exits(model, tmp_path / "exits.onnx", image_size=32)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["logits_0", "logits_1", "logits_2", "logits_3", "ensemble"]
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images).exit_logits
+    *found, ensemble = (torch.from_numpy(output) for output in session.run(names, {"pixel_values": images.numpy()}))
+    torch.testing.assert_close(found, [*expected], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ensemble, torch.stack(expected).mean(dim=0), atol=1e-4, rtol=1e-4)
