@@ -113,7 +113,7 @@ def masks(foreground):
 @pytest.mark.parametrize("foreground", [255, 1])
 @pytest.mark.parametrize("trains", [True, False])
 def test_a_class_that_never_occurs_while_pixels_are_ignored_is_named_once(
-    build_segmenter, train, caplog, monkeypatch, foreground, trains
+    build_segmenter, train, caplog, monkeypatch, tmp_path, foreground, trains
 ):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("hf_selfkd"), "propagate", True)
@@ -123,7 +123,7 @@ def test_a_class_that_never_occurs_while_pixels_are_ignored_is_named_once(
     if trains:
         trainer = train(model, "none", trainer_kwargs=options, num_train_epochs=2, eval_strategy="epoch")
     else:
-        args = TrainingArguments(use_cpu=True, report_to="none", disable_tqdm=True)
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
         trainer = SelfDistillationTrainer(model, args, "none", **options)
         trainer.evaluate()
     trainer.evaluate()

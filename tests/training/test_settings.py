@@ -12,6 +12,12 @@ from hf_selfkd.training.settings import attach_method, check_settings, own_argum
 from tests.helpers.recipe import PLAIN_SGD
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    """Trainers make their folder, by default in the current one, even if they then refuse a setting."""
+    monkeypatch.chdir(tmp_path)
+
+
 def entries(args):
     """Return the fields of arguments, with copies of those that could be changed in place."""
     return {

@@ -167,7 +167,7 @@ def test_a_position_is_needed_to_resume():
     assert (position.resume(state, skips_data=False), position.loader.skip) == (2, 0)
 
 
-def test_every_argument_of_loaders_has_its_effect_on_streams():
+def test_every_argument_of_loaders_has_its_effect_on_streams(tmp_path):
     """``dataloader_drop_last`` has nothing to drop: batches of a stream are filled up."""
     settings = {"num_workers": 1, "pin_memory": False, "persistent_workers": True, "prefetch_factor": 3}
     settings |= {"in_order": False, "multiprocessing_context": "spawn"}
@@ -175,7 +175,7 @@ def test_every_argument_of_loaders_has_its_effect_on_streams():
     assert known <= {f"dataloader_{name}" for name in (*settings, "drop_last")}
     settings = {name: value for name, value in settings.items() if f"dataloader_{name}" in known}
     options = {f"dataloader_{name}": value for name, value in settings.items()}
-    args = TrainingArguments(use_cpu=True, max_steps=1, **options)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, **options)
     loader = SelfDistillationTrainer(network("test_vit"), args, train_dataset=stream()).get_train_dataloader().loader
     found = {name: getattr(loader, name) for name in settings}
     if "multiprocessing_context" in settings:  # in_order and this are arguments from transformers 5.15
