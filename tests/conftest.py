@@ -12,6 +12,7 @@ for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE", "HF_TOKEN"
     os.environ.pop(name, None)  # would take precedence over HF_HOME, or sign in
 # Workers of pytest-xdist inherit it: listing the fonts takes matplotlib seconds.
 os.environ.setdefault("MPLCONFIGDIR", os.path.join(_HF_HOME.name, "matplotlib"))
+os.environ["XDG_CACHE_HOME"] = os.path.join(_HF_HOME.name, "cache")  # onnxruntime writes an identifier there
 
 import pytest
 import torch
