@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models.outputs import MultiExitOutput
+from .base import Method, missing_scaffold
 
 
 class Predictions(nn.Module):
@@ -52,6 +53,23 @@ class Predictions(nn.Module):
     def forward(self, pixel_values: Tensor, output: MultiExitOutput) -> dict[str, nn.Module]:
         """Return this module as ``predictions``: mixed precision would copy a tensor of all of them in each step."""
         return {"predictions": self}
+
+
+def predictions_of(method: Method, output: MultiExitOutput) -> Predictions:
+    """Return the predictions in the scaffold of an output.
+
+    Raises:
+        ValueError: If there are none, or the images have no index.
+    """
+    if output.scaffold is None:
+        raise missing_scaffold(method, "its predictions")
+    predictions = output.scaffold["predictions"]
+    if output.sample_indices is None or len(predictions.table) == 0:
+        raise ValueError(
+            f"{type(method).__name__} needs the index of every training image, which streams do not have. In your own "
+            "loop call method.attach(model, num_images=...) and set output.sample_indices."
+        )
+    return predictions
 
 
 def _gather(tensor: Tensor) -> Tensor:

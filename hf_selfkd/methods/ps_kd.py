@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..functional import cross_entropy, masked_mean, smooth_labels, soft_cross_entropy
 from ..models.outputs import MultiExitOutput
-from .base import Method, check_range, missing_scaffold
-from .predictions import Predictions
+from .base import Method, check_range
+from .predictions import Predictions, predictions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class PSKD(Method):
         In an image's first epoch its label takes the place of the prediction, as in the authors' code. Images without
         a label have no part in either.
         """
-        predictions = self._predictions(output)
+        predictions = predictions_of(self, output)
         probabilities = smooth_labels(labels, predictions.table.shape[1], 0.0)
         share = self.alpha * min((floor(epoch) + 1) / self.ramp_epochs, 1)
         targets = predictions.recall(output.sample_indices, probabilities)
@@ -70,19 +70,8 @@ class PSKD(Method):
 
     def remember(self, output: MultiExitOutput) -> None:
         """Keep the predictions of the final exit."""
-        self._predictions(output).keep(output.sample_indices, output.exit_logits[-1].float().softmax(dim=1))
+        predictions_of(self, output).keep(output.sample_indices, output.exit_logits[-1].float().softmax(dim=1))
 
     def leaves_out_exits(self, output: MultiExitOutput) -> bool:
         """False: the terms are sums over all exits."""
         return False
-
-    def _predictions(self, output: MultiExitOutput) -> Predictions:
-        if output.scaffold is None:
-            raise missing_scaffold(self, "its predictions")
-        predictions = output.scaffold["predictions"]
-        if output.sample_indices is None or len(predictions.table) == 0:
-            raise ValueError(
-                "PSKD needs the index of every training image, which streams do not have. In your own loop call "
-                "method.attach(model, num_images=...) and set output.sample_indices."
-            )
-        return predictions

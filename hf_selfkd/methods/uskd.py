@@ -3,20 +3,19 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import (
     cross_entropy,
     masked_mean,
     non_target_log_softmax,
-    shared_mean,
     smooth_labels,
     soft_cross_entropy,
     target_classes,
 )
 from ..models.outputs import MultiExitOutput
 from .base import Method, check_range, missing_scaffold
+from .customized_labels import target_labels, zipf_labels
 from .weak_classifier import WeakClassifier, build_weak_classifier
 
 
@@ -67,36 +66,3 @@ class USKD(Method):
             "non_target": self.non_target_weight * masked_mean(non_target, is_labelled),
             "weak": self.weak_weight * masked_mean(soft_cross_entropy(weak_logits, smoothed), is_labelled),
         }
-
-
-@torch.no_grad()
-def target_labels(logits: Tensor, labels: Tensor, is_target: Tensor) -> Tensor:
-    """Soft labels of the target classes, 0 elsewhere: ``y + s^2 - mean(s^2)``, the mean over the batch.
-
-    With mixed labels it is over both target classes, and no soft label is below 0, where the loss would have no bound.
-
-    Args:
-        logits: ``(batch, classes)``.
-        labels: Probabilities ``(batch, classes)``.
-        is_target: ``(batch, classes)``, see :func:`~hf_selfkd.functional.target_classes`.
-    """
-    squares = logits.softmax(dim=1).square()
-    return ((labels + squares - shared_mean(squares, is_target)) * is_target).clamp(min=0)
-
-
-@torch.no_grad()
-def zipf_labels(logits: Tensor, weak_logits: Tensor, is_target: Tensor) -> Tensor:
-    """Soft labels of the other classes by Zipf's law, 1 over their rank, which sum to 1; 0 for the target classes.
-
-    All classes are ranked, as in the authors' code, by the sum of the two classifiers' ``p / (1 - p_t)``. For the
-    final exit that code takes the logarithm of ``p`` and ``p_t`` instead, which is no such ratio; we do not.
-
-    Args:
-        logits: ``(batch, classes)``.
-        weak_logits: ``(batch, classes)``.
-        is_target: ``(batch, classes)``.
-    """
-    score = sum(non_target_log_softmax(each, is_target).exp() for each in (logits, weak_logits))
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
-    labels = rank.reciprocal().masked_fill(is_target, 0)
-    return labels / labels.sum(dim=1, keepdim=True)

@@ -5,7 +5,7 @@ import torch
 
 from hf_selfkd import MultiExitOutput, get_method
 from hf_selfkd.functional import non_target_log_softmax, target_classes
-from hf_selfkd.methods.uskd import target_labels, zipf_labels
+from hf_selfkd.methods.customized_labels import target_labels, zipf_labels
 
 
 def output_of(final, weak):
