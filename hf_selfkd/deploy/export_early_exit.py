@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..models.exit_policy import ExitPolicy, get_criterion, resolve_policy
+from ..models.multi_label import MULTI_LABEL
 from ..models.timm_quirks import copy_module
 from . import torch_early_exit
 from .export_exit import MAX_ONNX_BYTES, import_onnx
@@ -84,7 +85,7 @@ def export_early_exit(
     writers = {"onnx": _write_onnx, "torch": _write_torch}
     if format not in writers:
         raise ValueError(f"format must be one of {', '.join(writers)}, but got {format!r}.")
-    if model.task != "image-classification":
+    if model.task not in ("image-classification", MULTI_LABEL):
         raise ValueError(f"Only models for classification exit early, but this one is for {model.task}.")
     path = Path(path)
     if format == "torch" and path.exists():
