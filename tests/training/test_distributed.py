@@ -193,8 +193,9 @@ def test_batch_norm_can_be_synchronised(build, batch, backbone):
     torch.testing.assert_close(found.scaffold["logits"], expected.scaffold["logits"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.exhaustive)]
+)
 def test_every_method_trains_the_same(tmp_path, processes):
     run_in_processes(train_cases, processes, list(CASES), processes, tmp_path)
     found, *others = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(processes))
